@@ -1,0 +1,45 @@
+# Every target makes .venv and installs what it needs by itself.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+SOURCES := zllm runtime runtime/models service clients cython cuda
+# CPU runs gain nothing from more threads than cores, and two processes share them.
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo serve test lint bench build sanitize clean
+
+demo: build  ## start a server with the embedded model and stream answers from the real client
+	$(BIN)/python -m zllm demo
+
+serve: build
+	$(BIN)/zllm serve $(ARGS)
+
+test: build
+	$(BIN)/python -m pytest tests -q $(ARGS)
+
+lint: build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/cython-lint cython
+	cd protos && ../$(BIN)/buf lint
+
+bench: build
+	$(BIN)/python benchmarks/native.py
+	$(BIN)/python benchmarks/cpu.py
+
+build: $(VENV)/.installed
+
+$(VENV)/.tools: constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt torch numpy
+	$(BIN)/pip install -q -c constraints.txt scikit-build-core cython cmake ninja grpcio-tools
+	@touch $@
+
+# An editable install maps the files that exist: a new file changes its folder's mtime.
+$(VENV)/.installed: $(VENV)/.tools pyproject.toml CMakeLists.txt constraints.txt $(SOURCES)
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[cuda,dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build
