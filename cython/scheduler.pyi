@@ -1,0 +1,101 @@
+"""Decides what runs in each step, and keeps the books of sequences and blocks. See scheduler.pyx."""
+
+import numpy as np
+import numpy.typing as npt
+
+class Plan:
+    """One planned step. Its arena holds all that the device needs; these are the counts."""
+
+    step: int
+    num_rows: int
+    num_tokens: int
+    num_decodes: int
+    num_sampled: int
+    num_words: int
+    """Words of the arena in use."""
+    num_copies: int
+    num_swap_out: int
+    num_swap_in: int
+    max_logprobs: int
+    max_kv_len: int
+    features: int
+
+class Events:
+    """What a commit found out: parallel arrays, one entry a token or a finish."""
+
+    request_ids: npt.NDArray[np.int64]
+    sequences: npt.NDArray[np.int32]
+    """Index within the request (0 unless num_sequences > 1)."""
+    tokens: npt.NDArray[np.int32]
+    """-1 where the entry carries a finish alone."""
+    finishes: npt.NDArray[np.uint8]
+    """FinishReason; 0 while the sequence goes on."""
+    rows: npt.NDArray[np.int32]
+    """Index of the sampled row within the step, for its logprobs; -1 where token is -1."""
+    started: list[tuple[int, int, float]]
+    """(request id, cached tokens, seconds queued) of requests whose first token is here."""
+
+class Scheduler:
+    def __init__(
+        self,
+        *,
+        num_blocks: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        num_host_blocks: int = 0,
+        enable_prefix_caching: bool = True,
+        policy: str = "fcfs",
+        max_queued_requests: int = 4096,
+        max_queued_tokens: int = 16777216,
+    ) -> None: ...
+    arena_words: int
+    """Length in int32 words that an arena must have for the largest step."""
+    def add(
+        self,
+        request_id: int,
+        prompt: npt.NDArray[np.int32],
+        *,
+        now: float,
+        max_tokens: int,
+        min_tokens: int = 0,
+        eos_token_ids: tuple[int, ...] = (),
+        stop_token_ids: tuple[int, ...] = (),
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        seed: int = 0,
+        num_logprobs: int = -1,
+        priority: int = 0,
+        salt: str = "",
+        bypass_cache: bool = False,
+        tenant: str = "",
+        queue_timeout: float = 0.0,
+        time_limit: float = 0.0,
+        num_sequences: int = 1,
+    ) -> None:
+        """Queue a request. Raises Overloaded when the queue's bounds are reached and
+        InvalidRequest when it can never run (id in use, longer than the context or the pool)."""
+    def abort(self, request_id: int) -> bool:
+        """End a request with FinishReason.ABORTED at the next commit; False when unknown."""
+    def plan(self, now: float, arena: npt.NDArray[np.int32]) -> Plan | None:
+        """Decide the next step and pack it. None: nothing can run until a commit or an arrival.
+        May be called once before the previous plan is committed (one step ahead), no further."""
+    def commit(self, plan: Plan, tokens: npt.NDArray[np.int32], now: float) -> Events:
+        """Take the sampled token of each row of `plan`, in row order (rows without F_SAMPLE are
+        ignored; -1 means that its logits were not finite). Plans are committed in order."""
+    def poll(self, now: float) -> Events | None:
+        """Finishes that need no step: aborts and timeouts of requests that wait. None: nothing."""
+    def has_work(self) -> bool:
+        """Whether any request is live."""
+    def next_deadline(self) -> float:
+        """The earliest queue timeout or time limit of a waiting request; inf: none."""
+    def flush_cache(self) -> int:
+        """Drop cached blocks that nothing uses; returns how many."""
+    def stats(self) -> dict[str, int | float]:
+        """Plain counters and gauges: running, waiting, waiting_tokens, blocks_total, blocks_free
+        (empty or cached with no user), blocks_cached, hit_tokens, query_tokens, evictions,
+        preemptions, preempted_tokens, swaps_out, swaps_in, generated_tokens, steps, ..."""
+    def check(self) -> None:
+        """Verify every invariant of pool, tree, rows and queues; raises InvariantError."""

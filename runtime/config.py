@@ -1,0 +1,65 @@
+"""What an engine is told: frozen, checked once, printed by GetServerInfo.
+
+The model's own shape is `ModelConfig` (runtime/model_config.py), read from its config.json.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from zllm.errors import ConfigError
+
+BLOCK_SIZE = 16
+"""Tokens in a block of the KV cache."""
+
+Policy = Literal["fcfs", "priority", "sjf", "lpm", "fair"]
+DType = Literal["auto", "float32", "float16", "bfloat16"]
+KVCacheDType = Literal["auto", "float32", "float16", "bfloat16", "fp8_e4m3"]
+Device = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """One model's engine. None means: choose from the model and the machine."""
+
+    model: Path
+    served_model_name: str = ""
+    device: Device = "auto"
+    dtype: DType = "auto"
+    kv_cache_dtype: KVCacheDType = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int | None = None
+    """Tokens of one step at most. None: 2,048 on the CPU, 8,192 on a GPU."""
+    num_kv_blocks: int | None = None
+    """Fixes the pool's size in blocks of 16 tokens; otherwise it follows from free memory."""
+    gpu_memory_utilization: float = 0.9
+    swap_space_gib: float = 0.0
+    """Pinned host memory for swapped-out sequences; 0 preempts by recompute alone."""
+    enable_prefix_caching: bool = True
+    scheduling_policy: Policy = "fcfs"
+    max_queued_requests: int = 4096
+    max_queued_tokens: int = 16 * 1024 * 1024
+    enforce_eager: bool = False
+    """Never capture CUDA graphs."""
+    seed: int = 0
+    load_format: Literal["auto", "dummy"] = "auto"
+    """`dummy` draws random weights: for speed measurements."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_queued_requests", "max_queued_tokens"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ConfigError(f"{name} is {value}: it must be at least 1")
+        for name in ("max_model_len", "max_num_batched_tokens", "num_kv_blocks"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}: it must be at least 1, or left out")
+        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+            raise ConfigError(
+                f"gpu_memory_utilization is {self.gpu_memory_utilization}: it must be in (0, 1]"
+            )
+        if not self.swap_space_gib >= 0.0:
+            raise ConfigError(f"swap_space_gib is {self.swap_space_gib}: it must be 0 or more")
