@@ -1,0 +1,132 @@
+"""The compute interface: the dozen fused operations that a decoder needs.
+
+Models are written once against `Ops`. `TorchOps` (runtime/torch_ops.py) is the reference and the
+CPU default; `CudaOps` (runtime/cuda_ops.py) launches our kernels. Letters in shapes: P tokens of
+the step (padded on CUDA), R rows, S sampled rows, H hidden size, Hq and Hkv heads, D head size,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from zllm.runtime.kv_cache import KVCache
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step's arena, expanded on the device. All tensors are int32."""
+
+    tokens: Tensor
+    """[P] token ids."""
+    positions: Tensor
+    """[P] position of each token in its sequence."""
+    slots: Tensor
+    """[P] where each token's KV goes: block * 16 + offset. Padding tokens go to block 0."""
+    rows: Tensor
+    """[R] device row of each sequence in the step; decodes stand first."""
+    q_start: Tensor
+    """[R + 1] first token of each row; padding rows are empty."""
+    kv_len: Tensor
+    """[R] tokens in the cache before this step."""
+    sample_tokens: Tensor
+    """[S] index into the tokens of each row's last token, for rows that sample."""
+    sample_rows: Tensor
+    """[S] device row of each sampled row."""
+    block_table: Tensor
+    """[max_num_seqs + 1, max_blocks] blocks by device row."""
+    work: Any = None
+    """What the backend's attention made of the batch, once for all layers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """What the sampler gave for the S sampled rows."""
+
+    tokens: Tensor
+    """[S] int32; -1 where a row's logits were not finite."""
+    logprobs: Tensor | None = None
+    """[S] float32 natural log-probability of the token under the unmodified distribution."""
+    ranks: Tensor | None = None
+    """[S] int32; 1 is the most likely token."""
+    top_ids: Tensor | None = None
+    """[S, N] int32, best first."""
+    top_logprobs: Tensor | None = None
+    """[S, N] float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingStep:
+    """What the host knows of a step's sampling, so that only what is needed runs."""
+
+    features: int
+    """S_ bits of the arena."""
+    max_logprobs: int
+    """-1: nobody wants any; else N of Sampled.top_ids."""
+
+
+class Ops(Protocol):
+    """What a backend must do. Inputs are checked where they enter a kernel."""
+
+    device: torch.device
+
+    def embed(self, table: Tensor, tokens: Tensor) -> Tensor:
+        """[V, H], [P] -> [P, H]: the rows of the table."""
+        ...
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """[P, H], [H] -> [P, H]: x / sqrt(mean(x^2) + eps) * weight, in float32 inside.
+
+        Zhang & Sennrich 2019, "Root Mean Square Layer Normalization".
+        """
+        ...
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """[P, H], [P, H], [H] -> [P, H]: residual += x in place, then rms_norm(residual)."""
+        ...
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """[P, in], [out, in], [out] -> [P, out]."""
+        ...
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """[P, 2 * I] -> [P, I]: silu(first half) * second half (Shazeer 2020, SwiGLU)."""
+        ...
+
+    def rope_and_cache(
+        self,
+        qkv: Tensor,
+        batch: Batch,
+        cache: KVCache,
+        layer: int,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        cos_sin: Tensor,
+        q_norm: Tensor | None = None,
+        k_norm: Tensor | None = None,
+        eps: float = 1e-6,
+    ) -> Tensor:
+        """[P, (Hq + 2 Hkv) * D] -> q [P, Hq, D].
+
+        Splits qkv, normalizes each head of q and k (RMSNorm over D; None: not), rotates both
+        (Su et al. 2021, RoFormer; half-split pairs; cos_sin is float32 [max_len, D]: D/2 cosines
+        then D/2 sines) and writes k and v to the tokens' slots of the layer's cache.
+        """
+        ...
+
+    def attention(
+        self, q: Tensor, batch: Batch, cache: KVCache, layer: int, *, scale: float
+    ) -> Tensor:
+        """[P, Hq, D] -> [P, Hq * D]: causal attention of each row over its blocks, the step's own
+        tokens included."""
+        ...
+
+    def take_rows(self, x: Tensor, index: Tensor) -> Tensor:
+        """[P, H], [S] -> [S, H]."""
+        ...
