@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-SOURCES := zllm runtime runtime/models service clients cython cuda
+SOURCES := $(wildcard zllm runtime runtime/models service clients cython cuda cuda/kernels cuda/include)
 # CPU runs gain nothing from more threads than cores, and two processes share them.
 export TOKENIZERS_PARALLELISM := false
 
