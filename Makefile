@@ -17,11 +17,16 @@ serve: build
 test: build
 	$(BIN)/python -m pytest tests -q $(ARGS)
 
+# The folders' names differ from their import names: mypy gets a tree of links.
 lint: build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	rm -rf build/typing && mkdir -p build/typing/zllm
+	ln -s $(CURDIR)/zllm/* $(addprefix $(CURDIR)/,runtime service clients cuda) build/typing/zllm/
+	ln -s $(CURDIR)/cython build/typing/zllm/native
+	ln -s $(wildcard $(CURDIR)/build/cp3*/stubs/zllm/v1) build/typing/zllm/v1
 	$(BIN)/mypy
-	$(BIN)/cython-lint cython
+	PATH=$(abspath $(BIN)):$$PATH cython-lint cython
 	cd protos && ../$(BIN)/buf lint
 
 bench: build

@@ -1,4 +1,4 @@
-"""Decides what runs in each step, and keeps the books of sequences and blocks. See scheduler.pyx."""
+"""Decides what runs in each step; keeps the books of sequences and blocks (scheduler.pyx)."""
 
 import numpy as np
 import numpy.typing as npt

@@ -1,0 +1,18 @@
+"""What every test may count on: GPU tests skip without a GPU, slow ones unless asked for."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    no_gpu = pytest.mark.skip(reason="no NVIDIA GPU")
+    not_asked = pytest.mark.skip(reason="set ZLLM_SLOW=1 to run the full sweep")
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(no_gpu)
+        if "slow" in item.keywords and os.environ.get("ZLLM_SLOW") != "1":
+            item.add_marker(not_asked)
