@@ -1,0 +1,32 @@
+// The order of one head's tokens inside a block of the paged cache (16 rows of D elements).
+//
+// The run is cut into columns of 128 bytes; a column holds its 16 rows one after the other, and
+// inside a row the 16-byte chunks are permuted by an exclusive or with row % 8:
+//
+//     [row_bytes / 128][16 rows][8 chunks ^ (row % 8)][16 bytes]
+//
+// This is the 128-byte swizzle of wgmma and TMA, so a contiguous bulk copy into shared memory
+// (aligned to 1,024 bytes) lands the tile ready for wgmma and, without bank conflicts, for
+// ldmatrix. Where a row is not a multiple of 128 bytes the last column is 64 bytes wide and has
+// the 64-byte swizzle: chunk ^ (row / 2 % 4). Row sizes are multiples of 64 bytes.
+//
+// `zllm.cuda.rope_cache.permute_cache` states the same for tests.
+#pragma once
+
+namespace kv_layout {
+
+constexpr int kBlockTokens = 16;
+
+// Byte offset of the 16-byte chunk `chunk` (of RowBytes / 16) of row `row`, within the run.
+template <int RowBytes> __host__ __device__ __forceinline__ constexpr int offset(int row, int chunk) {
+  static_assert(RowBytes % 64 == 0, "a row must be a multiple of 64 bytes");
+  constexpr int kWide = RowBytes / 128;  // columns of 128 bytes
+  const int column = chunk / 8;
+  if (column < kWide)
+    return column * (kBlockTokens * 128) + row * 128 + (((chunk & 7) ^ (row & 7)) << 4);
+  return kWide * (kBlockTokens * 128) + row * 64 + (((chunk & 3) ^ ((row >> 1) & 3)) << 4);
+}
+
+template <int RowBytes> constexpr int run_bytes() { return kBlockTokens * RowBytes; }
+
+}  // namespace kv_layout
