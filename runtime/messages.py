@@ -119,10 +119,12 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 
 
 class RequestRefused(msgspec.Struct, frozen=True, array_like=True):
-    """The engine's queue had no room."""
+    """The scheduler did not take the request."""
 
     request_id: int
     message: str
+    field: str = ""
+    """The field at fault (INVALID_ARGUMENT); empty: the queue had no room (RESOURCE_EXHAUSTED)."""
 
 
 class Load(msgspec.Struct, frozen=True, array_like=True):
