@@ -1,0 +1,263 @@
+"""Whole models offline: decode steps, first tokens, the mixed load and start-up, in one run.
+
+    python benchmarks/offline.py --models 0.6b 4b 8b --json FILE
+
+Random weights in the models' real shapes (benchmarks/models/), temperature 0.6, EOS ignored,
+prefix caching off. A decode step is (time of 257 tokens - time of 1 token) / 256 at 1,024 prompt
+tokens, so its mean context is 1,152 tokens. Medians. The roofline is what the step must read
+(weights and KV) over the read bandwidth measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from zllm.runtime.config import EngineConfig
+from zllm.runtime.engine import Engine
+from zllm.runtime.messages import AddRequest, Sampling, Stopping
+
+HERE = Path(__file__).parent
+PROMPT = 1024
+DECODED = 256
+
+
+def ceilings() -> dict[str, float]:
+    """Read and copy bandwidth in TB/s and the bf16 8192^3 product in TFLOP/s, measured now."""
+    source = torch.randn(1 << 30, device="cuda", dtype=torch.bfloat16)
+    target = torch.empty_like(source)
+    nbytes = source.numel() * source.element_size()
+
+    def timed(function: Any, repeats: int) -> float:
+        function()
+        times = []
+        for _ in range(repeats):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            function()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / 1e3)
+        return statistics.median(times)
+
+    copy = timed(lambda: target.copy_(source), 10)
+    vector = torch.randn(8192, device="cuda", dtype=torch.bfloat16)
+    read = timed(lambda: torch.mv(source.view(-1, 8192), vector), 10)
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    product = timed(lambda: a @ b, 20)
+    return {
+        "copy_tb_s": 2 * nbytes / copy / 1e12,
+        "read_tb_s": nbytes / read / 1e12,
+        "bf16_tflop_s": 2 * 8192**3 / product / 1e12,
+    }
+
+
+class Bench:
+    """One engine and the load that is put on it."""
+
+    def __init__(self, name: str, **options: Any) -> None:
+        start = time.perf_counter()
+        self.engine = Engine(
+            EngineConfig(
+                model=HERE / "models" / f"qwen3-{name}",
+                load_format="dummy",
+                enable_prefix_caching=False,
+                **options,
+            )
+        )
+        self.start_s = time.perf_counter() - start
+        self._next_id = 1
+        self.host_s: list[float] = []
+
+    def run(self, prompts: list[list[int]], outputs: list[int]) -> float:
+        """Seconds from the first arrival to the last token; every output is counted."""
+        engine, live, count = self.engine, 0, 0
+        start = time.perf_counter()
+        for prompt, length in zip(prompts, outputs, strict=True):
+            engine.add(
+                AddRequest(
+                    request_id=self._next_id,
+                    prompt=np.asarray(prompt, np.int32).tobytes(),
+                    sampling=Sampling(temperature=0.6, seed=self._next_id),
+                    stopping=Stopping(max_tokens=length),
+                )
+            )
+            self._next_id += 1
+            live += 1
+        while live:
+            output = engine.step()
+            if output is None:
+                continue
+            if output.refused:
+                raise RuntimeError(f"refused: {output.refused[0].message}")
+            finishes = np.frombuffer(output.finishes, np.uint8)
+            live -= int(np.count_nonzero(finishes))
+            count += int(np.count_nonzero(np.frombuffer(output.tokens, np.int32) >= 0))
+        elapsed = time.perf_counter() - start
+        if count != sum(outputs):
+            raise RuntimeError(f"{count} tokens came instead of {sum(outputs)}")
+        return elapsed
+
+    def drain(self) -> None:
+        """Run the surplus step that the last finish may have left in flight."""
+        while self.engine.has_work():
+            self.engine.step()
+
+    def prefill(self, sequences: int, length: int, repeats: int) -> float:
+        """Median seconds from `sequences` prompts of `length` random ids to their first tokens."""
+        return statistics.median(
+            self.run(_prompts(sequences, length), [1] * sequences) for _ in range(repeats)
+        )
+
+    def decode_step(self, sequences: int, repeats: int) -> float:
+        """Median seconds of a decode step at PROMPT tokens of context and more."""
+        times = []
+        for _ in range(repeats):
+            whole = self.run(_prompts(sequences, PROMPT), [DECODED + 1] * sequences)
+            first = self.run(_prompts(sequences, PROMPT), [1] * sequences)
+            times.append((whole - first) / DECODED)
+        return statistics.median(times)
+
+
+def _prompts(sequences: int, length: int) -> list[list[int]]:
+    return [[random.randrange(10_000) for _ in range(length)] for _ in range(sequences)]
+
+
+def mixed_load() -> tuple[list[list[int]], list[int]]:
+    """The field's common mixed load: 256 requests, 133,966 output tokens."""
+    random.seed(0)
+    prompts = []
+    for _ in range(256):
+        length = random.randint(100, 1024)
+        prompts.append([random.randint(0, 10_000) for _ in range(length)])
+    return prompts, [random.randint(100, 1024) for _ in range(256)]
+
+
+def roofline_ms(name: str, sequences: int, read_tb_s: float) -> float:
+    """The floor of a decode step: weights and KV read once."""
+    config = json.loads((HERE / "models" / f"qwen3-{name}" / "config.json").read_text())
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    heads, kv, head = (
+        config["num_attention_heads"],
+        config["num_key_value_heads"],
+        config["head_dim"],
+    )
+    layer = hidden * head * (heads + 2 * kv) + heads * head * hidden + 3 * hidden * inner
+    weights = 2 * (config["num_hidden_layers"] * layer + config["vocab_size"] * hidden)
+    context = (PROMPT + DECODED / 2) * config["num_hidden_layers"] * 2 * kv * head * 2
+    return (weights + sequences * context) / read_tb_s / 1e9
+
+
+def start_to_first_token(name: str, cache: Path) -> float:
+    """Seconds of a whole process that starts an engine and gets one token."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import offline;"
+        "offline.Bench(sys.argv[2]).run([[1, 2, 3]], [1])"
+    )
+    start = time.perf_counter()
+    subprocess.run(
+        [sys.executable, "-c", code, str(HERE), name],
+        check=True,
+        env={**os.environ, "ZLLM_KERNEL_CACHE": str(cache)},
+    )
+    return time.perf_counter() - start
+
+
+def measure(name: str, found: dict[str, Any], ceiling: dict[str, float], quick: bool) -> None:
+    """Fill `found` with one model's row of the table, printing each figure as it comes."""
+    bench = Bench(name)
+
+    def note(key: str, value: float, extra: str = "") -> None:
+        found[key] = round(value, 3)
+        print(f"  {key:34s} {value:12,.3f}  {extra}", flush=True)
+
+    note("engine_start_s", bench.start_s)
+    bench.run(_prompts(4, 64), [8] * 4)
+    repeats = 1 if quick else 3
+    for sequences in (1, 64, 256) if name == "0.6b" else (1, 64):
+        step = bench.decode_step(sequences, repeats) * 1e3
+        floor = roofline_ms(name, sequences, ceiling["read_tb_s"])
+        note(f"decode_step_{sequences}_ms", step, f"roofline {floor:.3f} ({floor / step:.0%})")
+    note("prefill_1x1024_ms", bench.prefill(1, 1024, 5 * repeats) * 1e3)
+    note("prefill_64x1024_ms", bench.prefill(64, 1024, repeats) * 1e3)
+    if name == "8b":
+        note("prefill_1x8192_ms", bench.prefill(1, 8192, repeats) * 1e3)
+    prompts, outputs = mixed_load()
+    tokens = sum(outputs)
+    note("mixed_tok_s", statistics.median(tokens / bench.run(prompts, outputs) for _ in range(1)))
+    bench.drain()
+    problem = bench.engine.check()
+    if problem:
+        raise RuntimeError(problem)
+    found["load"] = str(bench.engine.load())
+    bench.engine.close()
+
+
+def draw_steps(name: str, path: Path) -> None:
+    """Draw the decode step's time against the batch size."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    bench = Bench(name)
+    sizes = [1, 2, 4, 8, 16, 32, 64, 128, 256]
+    steps = [bench.decode_step(size, 1) * 1e3 for size in sizes]
+    bench.engine.close()
+    figure, axes = plt.subplots(figsize=(7, 4))
+    axes.plot(sizes, steps, "o-")
+    axes.set(xscale="log", xlabel="sequences", ylabel="decode step, ms", title=f"Qwen3-{name}")
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", default=["0.6b", "4b", "8b"])
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--start", type=Path, help="an empty folder: also measure start-up")
+    parser.add_argument("--quick", action="store_true", help="one repeat of each figure")
+    options = parser.parse_args()
+    ceiling = ceilings()
+    report: dict[str, Any] = {
+        "date": datetime.date.today().isoformat(),
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "command": " ".join(sys.argv),
+        "ceilings": ceiling,
+        "models": {},
+    }
+    print({key: round(value, 3) for key, value in ceiling.items()}, flush=True)
+    for name in options.models:
+        print(f"Qwen3-{name}", flush=True)
+        found = report["models"].setdefault(name, {})
+        if options.start:
+            for kind in ("cold", "cached"):
+                found[f"start_{kind}_s"] = round(start_to_first_token(name, options.start), 2)
+                print(f"  start_{kind}_s {found[f'start_{kind}_s']}", flush=True)
+        measure(name, found, ceiling, options.quick)
+        if options.json:
+            options.json.write_text(json.dumps(report, indent=2) + "\n")
+    if options.plot:
+        draw_steps(options.models[0], options.plot)
+
+
+if __name__ == "__main__":
+    main()
