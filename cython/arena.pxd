@@ -52,7 +52,7 @@ cdef enum:
 
     # Row flags.
     F_SAMPLE = 1          # sample a token after the row's last token
-    F_TOKEN_ON_DEVICE = 2 # the row's one token is the last one sampled for it (overlap)
+    F_TOKEN_ON_DEVICE = 2  # the row's one token is the last one sampled for it (overlap)
 
     # Sampling features (H_FEATURES): a step of greedy rows launches the argmax alone.
     S_RANDOM = 1          # some temperature > 0

@@ -48,7 +48,9 @@ class Scheduler:
         policy: str = "fcfs",
         max_queued_requests: int = 4096,
         max_queued_tokens: int = 16777216,
-    ) -> None: ...
+    ) -> None:
+        """`num_blocks` counts block 0, which belongs to nobody: the cache has exactly so many.
+        Raises ConfigError when a number or the policy cannot work."""
     arena_words: int
     """Length in int32 words that an arena must have for the largest step."""
     def add(

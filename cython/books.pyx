@@ -1,0 +1,221 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
+"""Rows, queue and the life of a sequence: WAITING, RUNNING, PREEMPTED or ZOMBIE, freed.
+
+Row and blocks are given up in one place, `release`, once the last step in flight that names the
+sequence has retired.
+"""
+
+from libc.stdlib cimport calloc, free, malloc, realloc
+from libc.string cimport memmove, memset
+
+from zllm.native.block_pool cimport pool_free, pool_init, pool_release
+from zllm.native.radix_tree cimport tree_free, tree_init
+from zllm.native.sequence cimport (
+    PREEMPTED,
+    RUNNING,
+    WAITING,
+    ZOMBIE,
+    request_free,
+    sequence_free,
+)
+
+
+cdef int books_init(Books* books, Limits limits, int32_t num_blocks, bint caching) noexcept nogil:
+    """Empty books. -1 when memory ran out; books_free is right in either case."""
+    cdef int32_t rows = limits.max_num_seqs
+    cdef int32_t row
+    cdef Step* step
+    cdef int i
+    cdef bint complete = True
+    memset(books, 0, sizeof(Books))
+    books.limits = limits
+    books.caching = caching
+    if pool_init(&books.pool, num_blocks) < 0 or tree_init(&books.tree, &books.pool) < 0:
+        return -1
+    books.row_owner = <Sequence**> calloc(rows, sizeof(Sequence*))
+    books.free_rows = <int32_t*> malloc(rows * sizeof(int32_t))
+    books.running = <Sequence**> malloc(rows * sizeof(Sequence*))
+    if not (books.row_owner and books.free_rows and books.running):
+        return -1
+    for row in range(rows):
+        books.free_rows[row] = rows - 1 - row
+    books.num_free_rows = rows
+    for i in range(2):
+        step = &books.steps[i]
+        step.seqs = <Sequence**> malloc(rows * sizeof(Sequence*))
+        step.kv_len = <int32_t*> malloc(rows * sizeof(int32_t))
+        step.q_len = <int32_t*> malloc(rows * sizeof(int32_t))
+        step.flags = <uint8_t*> malloc(rows)
+        step.copies = <int32_t*> malloc(<size_t> limits.max_copies * 2 * sizeof(int32_t))
+        step.held = <int32_t*> malloc(<size_t> limits.max_held * sizeof(int32_t))
+        if not (step.seqs and step.kv_len and step.q_len and step.flags
+                and step.copies and step.held):
+            complete = False
+    return 0 if complete else -1
+
+
+cdef void books_free(Books* books) noexcept nogil:
+    cdef int i
+    cdef int32_t row
+    cdef Sequence* seq
+    while books.first != NULL:
+        seq = books.first
+        queue_remove(books, seq)
+        free_member(books, seq)
+    if books.row_owner != NULL:
+        for row in range(books.limits.max_num_seqs):
+            if books.row_owner[row] != NULL:
+                free_member(books, books.row_owner[row])
+    for i in range(2):
+        free(books.steps[i].seqs)
+        free(books.steps[i].kv_len)
+        free(books.steps[i].q_len)
+        free(books.steps[i].flags)
+        free(books.steps[i].copies)
+        free(books.steps[i].held)
+    free(books.row_owner)
+    free(books.free_rows)
+    free(books.running)
+    free(books.ended)
+    free(books.finished)
+    tree_free(&books.tree)
+    pool_free(&books.pool)
+    memset(books, 0, sizeof(Books))
+
+
+cdef int books_reserve(Books* books, int32_t capacity) noexcept nogil:
+    """Room to report the end of so many sequences. -1 when memory ran out."""
+    cdef void* grown
+    if capacity <= books.capacity:
+        return 0
+    capacity = max(capacity, 2 * books.capacity, 64)
+    grown = realloc(books.ended, capacity * sizeof(Ended))
+    if grown == NULL:
+        return -1
+    books.ended = <Ended*> grown
+    grown = realloc(books.finished, capacity * sizeof(int64_t))
+    if grown == NULL:
+        return -1
+    books.finished = <int64_t*> grown
+    books.capacity = capacity
+    return 0
+
+
+cdef void queue_push(Books* books, Sequence* seq) noexcept nogil:
+    """Put a sequence at its place in the queue, which is in order of arrival."""
+    cdef Sequence* after = NULL
+    cdef Sequence* before = books.last
+    seq.state = WAITING
+    seq.blocked = -1
+    if before != NULL and before.arrival > seq.arrival:  # it comes back: near the front
+        after = books.first
+        while after.arrival < seq.arrival:
+            after = after.next
+        before = after.prev
+    seq.prev = before
+    seq.next = after
+    if before != NULL:
+        before.next = seq
+    else:
+        books.first = seq
+    if after != NULL:
+        after.prev = seq
+    else:
+        books.last = seq
+    books.num_waiting += 1
+    books.waiting_tokens += seq.num_tokens
+
+
+cdef void queue_remove(Books* books, Sequence* seq) noexcept nogil:
+    if seq.prev != NULL:
+        seq.prev.next = seq.next
+    else:
+        books.first = seq.next
+    if seq.next != NULL:
+        seq.next.prev = seq.prev
+    else:
+        books.last = seq.prev
+    seq.prev = NULL
+    seq.next = NULL
+    books.num_waiting -= 1
+    books.waiting_tokens -= seq.num_tokens
+
+
+cdef void stop_running(Books* books, Sequence* seq) noexcept nogil:
+    """Take a sequence off the list of running ones; it keeps row and blocks for now."""
+    cdef int32_t i = 0
+    while books.running[i] != seq:
+        i += 1
+    books.num_running -= 1
+    memmove(&books.running[i], &books.running[i + 1],
+            (books.num_running - i) * sizeof(Sequence*))
+
+
+cdef void release(Books* books, Sequence* seq) noexcept nogil:
+    """Give up row and blocks. The deepest block goes first: see radix_tree.pyx."""
+    cdef int32_t i
+    for i in range(seq.num_blocks - 1, -1, -1):
+        pool_release(&books.pool, seq.blocks[i])
+    seq.num_blocks = 0
+    seq.num_sent = 0
+    seq.num_cached = 0
+    seq.computed = 0
+    books.row_owner[seq.row] = NULL
+    books.free_rows[books.num_free_rows] = seq.row
+    books.num_free_rows += 1
+    books.pool.num_returned += 1
+    seq.row = -1
+
+
+cdef void free_member(Books* books, Sequence* seq) noexcept nogil:
+    cdef Request* request = seq.request
+    books.num_live -= 1
+    request.num_members -= 1
+    if request.num_members == 0:
+        request_free(request)
+    sequence_free(seq)
+
+
+cdef void leave_if_retired(Books* books, Sequence* seq) noexcept nogil:
+    """The one way out of a row, for a sequence that is preempted or has ended."""
+    if seq.in_flight:
+        return
+    release(books, seq)
+    if seq.state == PREEMPTED:
+        queue_push(books, seq)
+    else:
+        free_member(books, seq)
+
+
+cdef void finish_sequence(Books* books, Sequence* seq, int reason) noexcept nogil:
+    """Note that a sequence has ended and let go of it; its caller reports that."""
+    cdef Request* request = seq.request
+    seq.finish = reason
+    request.num_unfinished -= 1
+    if request.num_unfinished == 0:
+        books.finished[books.num_finished] = request.id
+        books.num_finished += 1
+    if seq.state == WAITING:
+        queue_remove(books, seq)
+        free_member(books, seq)
+        return
+    if seq.state == RUNNING:
+        stop_running(books, seq)
+    seq.state = ZOMBIE
+    leave_if_retired(books, seq)
+
+
+cdef void end_sequence(Books* books, Sequence* seq, int reason) noexcept nogil:
+    """End a sequence outside of a commit; the next commit or poll reports it."""
+    cdef Ended* ended = &books.ended[books.num_ended]
+    books.num_ended += 1
+    ended.request_id = seq.request.id
+    ended.index = seq.index
+    ended.finish = reason
+    finish_sequence(books, seq, reason)
+
+
+cdef void hold_until_retired(Books* books, Step* step, int32_t block) noexcept nogil:
+    """Keep a block's reference until the step has retired."""
+    step.held[step.num_held] = block
+    step.num_held += 1

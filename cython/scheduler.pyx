@@ -1,0 +1,468 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
+"""The scheduler's face: Python objects come in and go out here, and nowhere below.
+
+Each call does its work in one nogil pass over the books (books.pxd). The order of a step is
+plan, launch, commit; plan(n) may come before commit(n - 1).
+"""
+
+from cpython.buffer cimport (
+    PyBUF_SIMPLE,
+    PyBUF_WRITABLE,
+    PyBuffer_Release,
+    PyObject_GetBuffer,
+)
+from libc.math cimport INFINITY
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t, uintptr_t
+from libc.stdlib cimport calloc, free, malloc
+from libc.string cimport memcpy, memset
+
+from hashlib import blake2b
+
+import numpy as np
+
+from zllm.errors import ConfigError, InvalidRequest, Overloaded, RequestExists
+from zllm.native.arena cimport (
+    MAX_END_IDS,
+    S_MIN_P,
+    S_RANDOM,
+    S_TOP_K,
+    S_TOP_P,
+)
+from zllm.native.block_pool cimport pool_available
+from zllm.native.books cimport (
+    Books,
+    Limits,
+    Step,
+    books_free,
+    books_init,
+    books_reserve,
+    end_sequence,
+    queue_push,
+    step_of,
+)
+from zllm.native.checks cimport verify_books
+from zllm.native.packing cimport Packed, arena_words, pack_step
+from zllm.native.planner cimport expire_waiting, plan_step
+from zllm.native.radix_tree cimport Salt, tree_flush
+from zllm.native.retire cimport EventList, Started, drain_ended, retire_step
+from zllm.native.sequence cimport (
+    ABORTED,
+    CONTEXT_LIMIT,
+    LENGTH,
+    Request,
+    Sequence,
+    blocks_for,
+    request_free,
+    sequence_new,
+)
+
+POLICIES = ("fcfs",)
+
+
+cdef class Plan:
+    """One planned step. Its arena holds all that the device needs; these are the counts."""
+
+    cdef readonly int64_t step
+    cdef readonly int32_t num_rows
+    cdef readonly int32_t num_tokens
+    cdef readonly int32_t num_decodes
+    cdef readonly int32_t num_sampled
+    cdef readonly int32_t num_words
+    cdef readonly int32_t num_copies
+    cdef readonly int32_t num_swap_out
+    cdef readonly int32_t num_swap_in
+    cdef readonly int32_t max_logprobs
+    cdef readonly int32_t max_kv_len
+    cdef readonly int32_t features
+
+
+cdef class Events:
+    """What a commit found out: parallel arrays, one entry a token or a finish."""
+
+    cdef readonly object request_ids
+    cdef readonly object sequences
+    cdef readonly object tokens
+    cdef readonly object finishes
+    cdef readonly object rows
+    cdef readonly list started
+
+
+cdef Events new_events(const EventList* found):
+    """Copies of the found events as numpy arrays."""
+    cdef Events events = Events.__new__(Events)
+    cdef Py_ssize_t n = found.count
+    events.request_ids = array_of(found.request_ids, n * 8, "<i8")
+    events.sequences = array_of(found.indices, n * 4, "<i4")
+    events.tokens = array_of(found.tokens, n * 4, "<i4")
+    events.finishes = array_of(found.finishes, n, "|u1")
+    events.rows = array_of(found.rows, n * 4, "<i4")
+    events.started = []
+    return events
+
+
+cdef object array_of(const void* data, Py_ssize_t size, str dtype):
+    return np.frombuffer((<const char*> data)[:size], dtype)
+
+
+cdef class Scheduler:
+    cdef Books books
+    cdef EventList found
+    cdef Started* started
+    cdef Py_ssize_t found_capacity
+    cdef dict ids                   # request id -> address of its Request's first Sequence list
+    cdef int64_t max_queued_requests
+    cdef int64_t max_queued_tokens
+    cdef readonly int64_t arena_words
+
+    def __cinit__(
+        self,
+        *,
+        int32_t num_blocks,
+        int32_t max_num_seqs,
+        int32_t max_num_batched_tokens,
+        int32_t max_model_len,
+        int32_t num_host_blocks=0,
+        bint enable_prefix_caching=True,
+        str policy="fcfs",
+        int64_t max_queued_requests=4096,
+        int64_t max_queued_tokens=16777216,
+    ):
+        cdef Limits limits
+        cdef int32_t max_blocks = blocks_for(max_model_len)
+        self.ids = {}
+        if num_blocks < 2:
+            raise ConfigError(f"num_blocks is {num_blocks}: block 0 is reserved, give at least 2")
+        if max_num_seqs < 1 or max_num_batched_tokens < 1 or max_model_len < 1:
+            raise ConfigError(
+                f"max_num_seqs ({max_num_seqs}), max_num_batched_tokens "
+                f"({max_num_batched_tokens}) and max_model_len ({max_model_len}) "
+                "must be at least 1"
+            )
+        if policy not in POLICIES:
+            raise ConfigError(f"policy is {policy!r}: choose one of {', '.join(POLICIES)}")
+        # Every running sequence may decode in every step.
+        limits.max_num_seqs = min(max_num_seqs, max_num_batched_tokens)
+        limits.max_num_batched_tokens = max_num_batched_tokens
+        limits.max_model_len = max_model_len
+        limits.max_updates = (2 * max_blocks + 2 * limits.max_num_seqs
+                              + blocks_for(max_num_batched_tokens))
+        limits.max_copies = limits.max_num_seqs
+        limits.max_held = (limits.max_copies + 2 * limits.max_num_seqs
+                           + blocks_for(max_num_batched_tokens))
+        if books_init(&self.books, limits, num_blocks, enable_prefix_caching) < 0:
+            raise MemoryError(f"no memory for the books of {num_blocks} blocks")
+        self.arena_words = arena_words(&limits)
+        self.max_queued_requests = max_queued_requests
+        self.max_queued_tokens = max_queued_tokens
+        self._reserve(2 * limits.max_num_seqs)
+
+    def __dealloc__(self):
+        books_free(&self.books)
+        free(self.found.request_ids)
+        free(self.found.indices)
+        free(self.found.tokens)
+        free(self.found.finishes)
+        free(self.found.rows)
+        free(self.started)
+
+    cdef int _reserve(self, Py_ssize_t num_live) except -1:
+        """Room to report that every live sequence ends, and a step's tokens."""
+        cdef Py_ssize_t n = self.books.limits.max_num_seqs + 2 * num_live
+        if books_reserve(&self.books, <int32_t> num_live) < 0:
+            raise MemoryError("no memory for one more sequence")
+        if n <= self.found_capacity:
+            return 0
+        n *= 2
+        free(self.found.request_ids)
+        free(self.found.indices)
+        free(self.found.tokens)
+        free(self.found.finishes)
+        free(self.found.rows)
+        free(self.started)
+        self.found_capacity = 0
+        self.found.request_ids = <int64_t*> malloc(n * sizeof(int64_t))
+        self.found.indices = <int32_t*> malloc(n * sizeof(int32_t))
+        self.found.tokens = <int32_t*> malloc(n * sizeof(int32_t))
+        self.found.finishes = <uint8_t*> malloc(n)
+        self.found.rows = <int32_t*> malloc(n * sizeof(int32_t))
+        self.started = <Started*> malloc(self.books.limits.max_num_seqs * sizeof(Started))
+        if not (self.found.request_ids and self.found.indices and self.found.tokens
+                and self.found.finishes and self.found.rows and self.started):
+            raise MemoryError("no memory for one more sequence")
+        self.found_capacity = n
+        return 0
+
+    def add(
+        self,
+        int64_t request_id,
+        prompt,
+        *,
+        double now,
+        int64_t max_tokens,
+        int64_t min_tokens=0,
+        tuple eos_token_ids=(),
+        tuple stop_token_ids=(),
+        float temperature=1.0,
+        float top_p=1.0,
+        int32_t top_k=0,
+        float min_p=0.0,
+        uint64_t seed=0,
+        int32_t num_logprobs=-1,
+        int32_t priority=0,
+        str salt="",
+        bint bypass_cache=False,
+        str tenant="",
+        double queue_timeout=0.0,
+        double time_limit=0.0,
+        int32_t num_sequences=1,
+    ):
+        """Queue a request; see scheduler.pyi."""
+        cdef const int32_t[::1] tokens = prompt
+        cdef Py_ssize_t prompt_len = tokens.shape[0]
+        cdef Request* request
+        cdef Sequence* seq
+        eos = tuple(dict.fromkeys(eos_token_ids))
+        stops = tuple(t for t in dict.fromkeys(stop_token_ids) if t not in eos)
+        self._validate(request_id, prompt_len, max_tokens, min_tokens, len(eos) + len(stops),
+                       num_sequences)
+        self._make_room(prompt_len)
+        self._reserve(self.books.num_live + num_sequences)
+        request = <Request*> calloc(1, sizeof(Request))
+        if request == NULL:
+            raise MemoryError("no memory for one more request")
+        request.id = request_id
+        request.prompt_len = <int32_t> prompt_len
+        request.max_len = <int32_t> min(prompt_len + max_tokens, self.books.limits.max_model_len)
+        request.length_finish = (
+            LENGTH if prompt_len + max_tokens <= self.books.limits.max_model_len
+            else CONTEXT_LIMIT
+        )
+        request.min_len = <int32_t> min(prompt_len + min_tokens, request.max_len)
+        request.bypass_cache = bypass_cache
+        request.cached_tokens = -1
+        request.num_logprobs = num_logprobs
+        request.priority = priority
+        request.salt = salt_of(salt)
+        request.seed = seed
+        request.temperature = temperature
+        request.top_p = top_p
+        request.min_p = min_p
+        request.top_k = top_k
+        request.features = features_of(request)
+        request.arrived = now
+        request.queue_deadline = now + queue_timeout if queue_timeout > 0 else INFINITY
+        request.deadline = now + time_limit if time_limit > 0 else INFINITY
+        request.num_eos = <int32_t> len(eos)
+        request.num_end_ids = <int32_t> (len(eos) + len(stops))
+        request.end_ids = <int32_t*> malloc(max(1, request.num_end_ids) * sizeof(int32_t))
+        seq = sequence_new(request, 0) if request.end_ids else NULL
+        if seq == NULL:
+            request_free(request)
+            raise MemoryError(f"no memory for a sequence of {request.max_len} tokens")
+        for i, token in enumerate(eos + stops):
+            request.end_ids[i] = token
+        memcpy(seq.tokens, &tokens[0], prompt_len * sizeof(int32_t))
+        seq.num_tokens = <int32_t> prompt_len
+        seq.arrival = self.books.num_arrivals
+        self.books.num_arrivals += 1
+        self.books.num_live += 1
+        queue_push(&self.books, seq)
+        self.ids[request_id] = <uintptr_t> seq
+
+    cdef int _validate(self, int64_t request_id, int64_t prompt_len, int64_t max_tokens,
+                       int64_t min_tokens, int64_t num_end_ids, int64_t num_sequences) except -1:
+        cdef int64_t usable = self.books.pool.num_blocks - 1
+        if request_id in self.ids:
+            raise RequestExists("request_id", f"{request_id} is that of a live request")
+        if prompt_len < 1:
+            raise InvalidRequest("prompt", "is empty; give at least one token")
+        if prompt_len >= self.books.limits.max_model_len:
+            raise InvalidRequest(
+                "prompt",
+                f"has {prompt_len} tokens, but prompt and answer together may have "
+                f"{self.books.limits.max_model_len} at most; shorten it",
+            )
+        if (prompt_len + 15) // 16 > usable:
+            raise InvalidRequest(
+                "prompt",
+                f"has {prompt_len} tokens, but the KV cache holds {usable * 16}; "
+                "shorten it or enlarge the cache",
+            )
+        if max_tokens < 1:
+            raise InvalidRequest("stopping.max_tokens", f"is {max_tokens}; it must be at least 1")
+        if min_tokens > 0 and num_end_ids > MAX_END_IDS:
+            raise InvalidRequest(
+                "stopping.stop_token_ids",
+                f"with min_tokens at most {MAX_END_IDS} end ids (EOS and stop_token_ids) are "
+                f"possible, not {num_end_ids}; give fewer",
+            )
+        if num_sequences != 1:
+            raise InvalidRequest("sampling.num_sequences", f"is {num_sequences}; it must be 1")
+        return 0
+
+    cdef int _make_room(self, int64_t prompt_len) except -1:
+        cdef Books* books = &self.books
+        if books.num_waiting >= self.max_queued_requests:
+            raise Overloaded(f"{books.num_waiting} requests wait already "
+                             f"(max_queued_requests); try again later")
+        if books.num_waiting and books.waiting_tokens + prompt_len > self.max_queued_tokens:
+            raise Overloaded(f"{books.waiting_tokens} prompt tokens wait already "
+                             f"(max_queued_tokens is {self.max_queued_tokens}); try again later")
+        return 0
+
+    def abort(self, int64_t request_id):
+        """End a request with FinishReason.ABORTED; see scheduler.pyi."""
+        address = self.ids.get(request_id)
+        if address is None:
+            return False
+        end_sequence(&self.books, <Sequence*> <uintptr_t> address, ABORTED)
+        self._forget_finished()
+        return True
+
+    cdef void _forget_finished(self):
+        cdef int32_t i
+        for i in range(self.books.num_finished):
+            del self.ids[self.books.finished[i]]
+        self.books.num_finished = 0
+
+    def plan(self, double now, arena):
+        """Decide the next step and pack it; see scheduler.pyi."""
+        cdef Step* step
+        cdef Packed packed
+        cdef Py_buffer view
+        cdef Plan plan
+        if self.books.num_planned - self.books.num_committed > 1:
+            raise ValueError("two steps are in flight: commit the older one before planning")
+        PyObject_GetBuffer(arena, &view, PyBUF_SIMPLE | PyBUF_WRITABLE)
+        if view.itemsize != 4 or view.len < self.arena_words * 4:
+            PyBuffer_Release(&view)
+            raise ValueError(f"arena must be int32 and have {self.arena_words} words at least")
+        with nogil:
+            step = plan_step(&self.books, now)
+            if step != NULL:
+                packed = pack_step(step, <int32_t*> view.buf)
+        PyBuffer_Release(&view)
+        if self.books.num_finished:
+            self._forget_finished()
+        if step == NULL:
+            return None
+        plan = Plan.__new__(Plan)
+        plan.step = step.number
+        plan.num_rows = step.num_rows
+        plan.num_tokens = step.num_tokens
+        plan.num_decodes = step.num_decodes
+        plan.num_sampled = step.num_sampled
+        plan.num_words = packed.num_words
+        plan.num_copies = step.num_copies
+        plan.max_logprobs = packed.max_logprobs
+        plan.max_kv_len = packed.max_kv_len
+        plan.features = packed.features
+        return plan
+
+    def commit(self, Plan plan not None, tokens, double now):
+        """Take the sampled token of each row; see scheduler.pyi."""
+        cdef Step* step = step_of(&self.books, plan.step)
+        cdef Py_buffer view
+        cdef int32_t num_started
+        if plan.step != self.books.num_committed or plan.step >= self.books.num_planned:
+            raise ValueError(f"plan {plan.step} is not the oldest that is in flight "
+                             f"({self.books.num_committed})")
+        PyObject_GetBuffer(tokens, &view, PyBUF_SIMPLE)
+        if view.itemsize != 4 or view.len < step.num_rows * 4:
+            PyBuffer_Release(&view)
+            raise ValueError(f"tokens must be int32 and have {step.num_rows} entries")
+        self.found.count = 0
+        with nogil:
+            num_started = retire_step(&self.books, step, <const int32_t*> view.buf, &self.found,
+                                      self.started)
+        PyBuffer_Release(&view)
+        if self.books.num_finished:
+            self._forget_finished()
+        events = new_events(&self.found)
+        for i in range(num_started):
+            events.started.append((self.started[i].request_id, self.started[i].cached_tokens,
+                                   self.started[i].queued))
+        return events
+
+    def poll(self, double now):
+        """Finishes that need no step; see scheduler.pyi."""
+        expire_waiting(&self.books, now)
+        if self.books.num_ended == 0:
+            return None
+        self.found.count = 0
+        drain_ended(&self.books, &self.found)
+        self._forget_finished()
+        return new_events(&self.found)
+
+    def has_work(self):
+        """Whether any sequence is live, or a finish is not reported yet."""
+        return self.books.num_live > 0 or self.books.num_ended > 0
+
+    def next_deadline(self):
+        """The earliest queue timeout or time limit of a waiting request; inf: none."""
+        cdef double earliest = INFINITY
+        cdef Sequence* seq = self.books.first
+        while seq != NULL:
+            earliest = min(earliest, seq.request.deadline)
+            if seq.request.cached_tokens < 0:
+                earliest = min(earliest, seq.request.queue_deadline)
+            seq = seq.next
+        return earliest
+
+    def flush_cache(self):
+        """Drop cached blocks that nothing uses; returns how many."""
+        return tree_flush(&self.books.tree)
+
+    def stats(self):
+        """Plain counters and gauges."""
+        cdef Books* books = &self.books
+        return {
+            "running": books.num_running,
+            "waiting": books.num_waiting,
+            "waiting_tokens": books.waiting_tokens,
+            "blocks_total": books.pool.num_blocks - 1,
+            "blocks_free": pool_available(&books.pool),
+            "blocks_empty": books.pool.num_empty,
+            "blocks_cached": books.tree.num_nodes,
+            "hit_tokens": books.counters.hit_tokens,
+            "query_tokens": books.counters.query_tokens,
+            "evictions": books.tree.num_evictions,
+            "folded_blocks": books.counters.folded_blocks,
+            "preemptions": books.counters.preemptions,
+            "preempted_tokens": books.counters.preempted_tokens,
+            "swaps_out": 0,
+            "swaps_in": 0,
+            "generated_tokens": books.counters.generated_tokens,
+            "admissions": books.counters.admissions,
+            "queue_seconds": books.counters.queue_seconds,
+            "steps": books.num_committed,
+        }
+
+    def check(self):
+        """Verify every invariant of pool, tree, rows and queues; raises InvariantError."""
+        verify_books(&self.books)
+
+
+cdef Salt salt_of(str text):
+    """128 bits that stand for a salt; the empty one is zero."""
+    cdef Salt salt
+    cdef const uint8_t[::1] digest
+    memset(&salt, 0, sizeof(Salt))
+    if text:
+        digest = blake2b(text.encode(), digest_size=16).digest()
+        memcpy(&salt, &digest[0], sizeof(Salt))
+    return salt
+
+
+cdef int32_t features_of(const Request* request) noexcept nogil:
+    """S_ bits that a request always needs; greedy ones ignore all filters."""
+    cdef int32_t features = 0
+    if request.temperature > 0:
+        features |= S_RANDOM
+        if request.top_k > 0:
+            features |= S_TOP_K
+        if request.top_p < 1:
+            features |= S_TOP_P
+        if request.min_p > 0:
+            features |= S_MIN_P
+    return features
