@@ -1,0 +1,128 @@
+"""Weights from safetensors files, straight to the device they are used on."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from zllm.errors import ModelLoadError
+from zllm.runtime.models.parameters import Parameter, Weights
+
+_INDEX = "model.safetensors.index.json"
+_FLOATS = {"F64", "F32", "F16", "BF16"}
+
+
+def load_weights(
+    folder: Path,
+    parameters: Iterable[Parameter],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Weights:
+    """Read every parameter from the folder's safetensors files, converted to `dtype`.
+
+    Tensors that the model does not ask for are ignored. Raises ModelLoadError where a file is
+    missing or corrupt, or a tensor is missing, of another shape or no floating-point tensor.
+    """
+    weights: Weights = {}
+    wanted: dict[str, Tensor] = {}
+    for parameter in parameters:
+        weight = torch.empty(parameter.shape, dtype=dtype, device=device)
+        weights[parameter.name] = weight
+        parts = weight.split([rows for _, rows in parameter.sources])
+        wanted.update(zip((name for name, _ in parameter.sources), parts, strict=True))
+    console = Console(stderr=True)
+    files = _files(folder)
+    for path in track(
+        files, "Loading weights", console=console, disable=not console.is_terminal, transient=True
+    ):
+        _load_file(path, wanted)
+    if wanted:
+        first = sorted(wanted)[:3]
+        raise ModelLoadError(
+            f"{folder}: {len(wanted)} tensors are missing from the safetensors files, among them "
+            f"{', '.join(first)}: the checkpoint is incomplete, or config.json is another model's"
+        )
+    return weights
+
+
+def dummy_weights(
+    parameters: Iterable[Parameter],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    std: float,
+    seed: int,
+) -> Weights:
+    """Random weights made on the device: matrices normal with deviation `std`, norms all one."""
+    generator = torch.Generator(device).manual_seed(seed)
+    weights: Weights = {}
+    for parameter in parameters:
+        weight = torch.empty(parameter.shape, dtype=dtype, device=device)
+        if parameter.init == "ones":
+            weight.fill_(1.0)
+        else:
+            weight.normal_(0.0, std, generator=generator)
+        weights[parameter.name] = weight
+    return weights
+
+
+def weights_bytes(weights: Weights) -> int:
+    """Memory that the weights take."""
+    return sum(math.prod(weight.shape) * weight.dtype.itemsize for weight in weights.values())
+
+
+def _files(folder: Path) -> list[Path]:
+    """The folder's safetensors files: those of its index, or all of them."""
+    index = folder / _INDEX
+    if not index.exists():
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise ModelLoadError(
+                f"{folder} holds no *.safetensors file: only checkpoints in that format are loaded"
+            )
+        return files
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ModelLoadError(f"{index} is corrupt: {error!r}; download the model again") from error
+    files = sorted(folder / name for name in names)
+    for path in files:
+        if path.parent != folder:
+            raise ModelLoadError(f"{index} names {path}, which is outside of the model's folder")
+        if not path.exists():
+            raise ModelLoadError(f"{path} is missing, though {index.name} names it")
+    return files
+
+
+def _load_file(path: Path, wanted: dict[str, Tensor]) -> None:
+    """Copy the file's wanted tensors to their places, and take them off the list."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                target = wanted.get(name)
+                if target is None:
+                    continue
+                view = file.get_slice(name)
+                shape, kind = tuple(view.get_shape()), view.get_dtype()
+                if kind not in _FLOATS:
+                    raise ModelLoadError(
+                        f"{path}: tensor {name} is of type {kind}: quantized checkpoints are not "
+                        f"supported"
+                    )
+                if shape != tuple(target.shape):
+                    raise ModelLoadError(
+                        f"{path}: tensor {name} has shape {list(shape)}, but config.json asks for "
+                        f"{list(target.shape)}"
+                    )
+                target.copy_(file.get_tensor(name))
+                del wanted[name]
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ModelLoadError(f"{path} is corrupt: {error}; download the model again") from error

@@ -1,0 +1,215 @@
+"""The model's own shape, read from its config.json and generation_config.json."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zllm.errors import ModelLoadError
+
+_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeConfig:
+    """Rotary position embedding: frequencies theta^(-2i/D) (Su et al. 2021, RoFormer)."""
+
+    theta: float = 10000.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingDefaults:
+    """What generation_config.json says where a request says nothing. None: it is silent too."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """A decoder's dimensions. Checked when made, so that models may rely on them."""
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float = 1e-6
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    initializer_range: float = 0.02
+    dtype: torch.dtype = torch.float32
+    """Of the checkpoint."""
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
+
+    def __post_init__(self) -> None:
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "max_position_embeddings",
+        ):
+            value = getattr(self, name)
+            if value < 1:
+                raise ModelLoadError(f"config.json: {name} is {value}: it must be at least 1")
+        if self.num_heads % self.num_kv_heads:
+            raise ModelLoadError(
+                f"config.json: num_attention_heads is {self.num_heads}, no multiple of "
+                f"num_key_value_heads ({self.num_kv_heads})"
+            )
+        if self.head_dim % 2:
+            raise ModelLoadError(f"config.json: head_dim is {self.head_dim}: it must be even")
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights without the norms, which weigh nothing."""
+        heads = self.num_heads + 2 * self.num_kv_heads
+        layer = self.hidden_size * (heads + self.num_heads) * self.head_dim
+        layer += 3 * self.hidden_size * self.intermediate_size
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        return self.num_layers * layer + embeddings
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> ModelConfig:
+        """Read `config.json`, and `generation_config.json` where there is one.
+
+        Raises ModelLoadError where a file is missing, is no JSON, lacks a field, or asks for
+        something that no model here implements.
+        """
+        raw = _read_json(folder / "config.json")
+        if raw is None:
+            raise ModelLoadError(
+                f"{folder} has no config.json: give the folder of a Hugging Face checkpoint"
+            )
+        generation = _read_json(folder / "generation_config.json") or {}
+        return cls.from_dict(raw, generation)
+
+    @classmethod
+    def from_dict(
+        cls, raw: dict[str, Any], generation: dict[str, Any] | None = None
+    ) -> ModelConfig:
+        """From the two files' contents; see `from_folder`."""
+        generation = generation or {}
+        architectures = raw.get("architectures")
+        if not isinstance(architectures, list) or not architectures:
+            raise ModelLoadError("config.json: `architectures` names no architecture")
+        if raw.get("quantization_config"):
+            raise ModelLoadError(
+                "config.json: quantization_config is set, and quantized checkpoints are not "
+                "supported: use the checkpoint in bfloat16, float16 or float32"
+            )
+        if raw.get("hidden_act", "silu") != "silu":
+            raise ModelLoadError(
+                f"config.json: hidden_act is {raw['hidden_act']!r}: only 'silu' is supported"
+            )
+        if raw.get("use_sliding_window"):
+            raise ModelLoadError("config.json: use_sliding_window is true, which is not supported")
+        num_heads = _integer(raw, "num_attention_heads")
+        hidden_size = _integer(raw, "hidden_size")
+        head_dim = raw.get("head_dim")
+        bos = raw.get("bos_token_id")
+        return cls(
+            architecture=str(architectures[0]),
+            vocab_size=_integer(raw, "vocab_size"),
+            hidden_size=hidden_size,
+            intermediate_size=_integer(raw, "intermediate_size"),
+            num_layers=_integer(raw, "num_hidden_layers"),
+            num_heads=num_heads,
+            num_kv_heads=_integer(raw, "num_key_value_heads", num_heads),
+            head_dim=_integer(raw, "head_dim") if head_dim else hidden_size // max(num_heads, 1),
+            max_position_embeddings=_integer(raw, "max_position_embeddings"),
+            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+            rope=_rope(raw),
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            attention_bias=bool(raw.get("attention_bias", False)),
+            initializer_range=float(raw.get("initializer_range", 0.02)),
+            dtype=_dtype(raw),
+            bos_token_id=bos if isinstance(bos, int) else None,
+            eos_token_ids=_token_ids(generation.get("eos_token_id", raw.get("eos_token_id"))),
+            sampling=SamplingDefaults(
+                temperature=_optional_float(generation, "temperature"),
+                top_p=_optional_float(generation, "top_p"),
+                top_k=generation.get("top_k"),
+                min_p=_optional_float(generation, "min_p"),
+            ),
+        )
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelLoadError(f"{path} cannot be read: {error}") from error
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ModelLoadError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelLoadError(f"{path} is not a JSON object")
+    return value
+
+
+def _integer(raw: dict[str, Any], name: str, default: int | None = None) -> int:
+    value = raw.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ModelLoadError(f"config.json: {name} is {value!r}: it must be an integer")
+    return value
+
+
+def _optional_float(raw: dict[str, Any], name: str) -> float | None:
+    value = raw.get(name)
+    return None if value is None else float(value)
+
+
+def _token_ids(value: object) -> tuple[int, ...]:
+    """One id, a list of ids, or nothing."""
+    if isinstance(value, int):
+        return (value,)
+    if isinstance(value, list):
+        return tuple(int(item) for item in value)
+    return ()
+
+
+def _dtype(raw: dict[str, Any]) -> torch.dtype:
+    """`dtype`, or `torch_dtype` as it was called before transformers 5."""
+    name = raw.get("dtype", raw.get("torch_dtype")) or "float32"
+    if name not in _DTYPES:
+        raise ModelLoadError(
+            f"config.json: dtype is {name!r}: it must be one of {', '.join(_DTYPES)}"
+        )
+    return _DTYPES[name]
+
+
+def _rope(raw: dict[str, Any]) -> RopeConfig:
+    """`rope_parameters` (transformers 5), or `rope_theta` with `rope_scaling` before it."""
+    parameters = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if kind != "default":
+        raise ModelLoadError(f"config.json: the RoPE type is {kind!r}: only 'default' is supported")
+    theta = float(parameters.get("rope_theta", raw.get("rope_theta", 10000.0)))
+    if not theta > 0.0:
+        raise ModelLoadError(f"config.json: rope_theta is {theta}: it must be above 0")
+    return RopeConfig(theta=theta)

@@ -1,0 +1,136 @@
+"""Qwen3 (dense): pre-norm decoder, grouped-query attention with QK-norm, RoPE and SwiGLU.
+
+Yang et al. 2025, "Qwen3 Technical Report".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from zllm.runtime.kv_cache import KVCache
+from zllm.runtime.model_config import ModelConfig
+from zllm.runtime.models.parameters import Parameter, Weights, bias, linear, norm
+from zllm.runtime.ops import Batch, Ops
+from zllm.runtime.rope import rope_table
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    input_norm: Tensor
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    q_norm: Tensor
+    k_norm: Tensor
+    output: Tensor
+    output_bias: Tensor | None
+    post_norm: Tensor
+    gate_up: Tensor
+    down: Tensor
+
+
+class Qwen3:
+    """The decoder over its weights. It keeps no state from step to step."""
+
+    def __init__(
+        self, config: ModelConfig, weights: Weights, max_model_len: int, device: torch.device
+    ) -> None:
+        self.config = config
+        self.scale = config.head_dim**-0.5
+        self.cos_sin = rope_table(config.rope, config.head_dim, max_model_len, device)
+        self.embedding = weights["embedding"]
+        self.head = weights["embedding" if config.tie_word_embeddings else "head"]
+        self.final_norm = weights["final_norm"]
+        self.layers = [_layer(weights, f"layers.{i}.") for i in range(config.num_layers)]
+
+    @staticmethod
+    def parameters(config: ModelConfig) -> Iterator[Parameter]:
+        """All weights, with the names of Hugging Face's checkpoints as their sources."""
+        hidden, inner = config.hidden_size, config.intermediate_size
+        q_size = config.num_heads * config.head_dim
+        kv_size = config.num_kv_heads * config.head_dim
+        yield linear("embedding", hidden, ("model.embed_tokens.weight", config.vocab_size))
+        for i in range(config.num_layers):
+            ours, theirs = f"layers.{i}.", f"model.layers.{i}."
+            attention, mlp = theirs + "self_attn.", theirs + "mlp."
+            yield norm(ours + "input_norm", hidden, theirs + "input_layernorm.weight")
+            yield linear(
+                ours + "qkv",
+                hidden,
+                (attention + "q_proj.weight", q_size),
+                (attention + "k_proj.weight", kv_size),
+                (attention + "v_proj.weight", kv_size),
+            )
+            yield norm(ours + "q_norm", config.head_dim, attention + "q_norm.weight")
+            yield norm(ours + "k_norm", config.head_dim, attention + "k_norm.weight")
+            yield linear(ours + "output", q_size, (attention + "o_proj.weight", hidden))
+            if config.attention_bias:
+                yield bias(
+                    ours + "qkv_bias",
+                    (attention + "q_proj.bias", q_size),
+                    (attention + "k_proj.bias", kv_size),
+                    (attention + "v_proj.bias", kv_size),
+                )
+                yield bias(ours + "output_bias", (attention + "o_proj.bias", hidden))
+            yield norm(ours + "post_norm", hidden, theirs + "post_attention_layernorm.weight")
+            yield linear(
+                ours + "gate_up",
+                hidden,
+                (mlp + "gate_proj.weight", inner),
+                (mlp + "up_proj.weight", inner),
+            )
+            yield linear(ours + "down", inner, (mlp + "down_proj.weight", hidden))
+        yield norm("final_norm", hidden, "model.norm.weight")
+        if not config.tie_word_embeddings:
+            yield linear("head", hidden, ("lm_head.weight", config.vocab_size))
+
+    def forward(self, ops: Ops, batch: Batch, cache: KVCache) -> Tensor:
+        """The hidden states [P, H] of the step's tokens after the last norm."""
+        config = self.config
+        eps = config.rms_norm_eps
+        residual = ops.embed(self.embedding, batch.tokens)
+        x = ops.rms_norm(residual, self.layers[0].input_norm, eps)
+        for index, layer in enumerate(self.layers):
+            q = ops.rope_and_cache(
+                ops.linear(x, layer.qkv, layer.qkv_bias),
+                batch,
+                cache,
+                index,
+                num_heads=config.num_heads,
+                num_kv_heads=config.num_kv_heads,
+                head_dim=config.head_dim,
+                cos_sin=self.cos_sin,
+                q_norm=layer.q_norm,
+                k_norm=layer.k_norm,
+                eps=eps,
+            )
+            attended = ops.attention(q, batch, cache, index, scale=self.scale)
+            x = ops.linear(attended, layer.output, layer.output_bias)
+            x = ops.add_rms_norm(x, residual, layer.post_norm, eps)
+            x = ops.linear(ops.silu_mul(ops.linear(x, layer.gate_up)), layer.down)
+            last = index + 1 == config.num_layers
+            following = self.final_norm if last else self.layers[index + 1].input_norm
+            x = ops.add_rms_norm(x, residual, following, eps)
+        return x
+
+    def logits(self, ops: Ops, hidden: Tensor) -> Tensor:
+        """[S, H] -> [S, V], in the model's dtype."""
+        return ops.linear(hidden, self.head)
+
+
+def _layer(weights: Weights, prefix: str) -> _Layer:
+    return _Layer(
+        input_norm=weights[prefix + "input_norm"],
+        qkv=weights[prefix + "qkv"],
+        qkv_bias=weights.get(prefix + "qkv_bias"),
+        q_norm=weights[prefix + "q_norm"],
+        k_norm=weights[prefix + "k_norm"],
+        output=weights[prefix + "output"],
+        output_bias=weights.get(prefix + "output_bias"),
+        post_norm=weights[prefix + "post_norm"],
+        gate_up=weights[prefix + "gate_up"],
+        down=weights[prefix + "down"],
+    )

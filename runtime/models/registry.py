@@ -1,0 +1,50 @@
+"""Which class serves which architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from zllm.errors import ModelLoadError
+from zllm.runtime.kv_cache import KVCache
+from zllm.runtime.model_config import ModelConfig
+from zllm.runtime.models.parameters import Parameter, Weights
+from zllm.runtime.models.qwen3 import Qwen3
+from zllm.runtime.ops import Batch, Ops
+
+
+class Model(Protocol):
+    """A decoder. Neither call waits for the device, so both may be captured in a CUDA graph."""
+
+    def __init__(
+        self, config: ModelConfig, weights: Weights, max_model_len: int, device: torch.device
+    ) -> None: ...
+
+    @staticmethod
+    def parameters(config: ModelConfig) -> Iterator[Parameter]:
+        """All weights of the model."""
+        ...
+
+    def forward(self, ops: Ops, batch: Batch, cache: KVCache) -> Tensor:
+        """Write the step's keys and values to the cache; give hidden states [P, H]."""
+        ...
+
+    def logits(self, ops: Ops, hidden: Tensor) -> Tensor:
+        """[S, H] -> [S, V]."""
+        ...
+
+
+_MODELS: dict[str, type[Model]] = {"Qwen3ForCausalLM": Qwen3}
+
+
+def model_class(config: ModelConfig) -> type[Model]:
+    """The class of the config's architecture. Raises ModelLoadError where there is none."""
+    if config.architecture not in _MODELS:
+        raise ModelLoadError(
+            f"config.json: the architecture {config.architecture!r} is not supported; "
+            f"supported are {', '.join(sorted(_MODELS))}"
+        )
+    return _MODELS[config.architecture]

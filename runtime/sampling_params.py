@@ -1,0 +1,104 @@
+"""SamplingParams: what a caller of `LLM` asks for, with vLLM's names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from zllm.errors import InvalidRequest
+from zllm.native import arena
+
+MAX_LOGPROBS = 20
+MAX_STOP_STRINGS = 64
+_SEED_LIMIT = 2**64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How to choose tokens and when to stop. None: the model's default, else the comment's.
+
+    Raises InvalidRequest, with the field's path in zllm.v1.GenerateRequest.
+    """
+
+    temperature: float | None = None
+    """1.0; 0 is greedy."""
+    top_p: float | None = None
+    """1.0, in (0, 1]."""
+    top_k: int | None = None
+    """0: off. -1 is taken for 0."""
+    min_p: float | None = None
+    """0.0, in [0, 1]."""
+    seed: int | None = None
+    """Unsigned 64 bits. None: drawn anew for each prompt."""
+    max_tokens: int | None = 16
+    """None: to the end of the context."""
+    min_tokens: int = 0
+    stop: str | Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    """None: none. 0: the chosen token's. N: also the N most likely."""
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        if self.top_k == -1:
+            object.__setattr__(self, "top_k", 0)
+        _check_number("sampling.temperature", self.temperature, 0.0, math.inf)
+        _check_number("sampling.top_p", self.top_p, 0.0, 1.0)
+        if self.top_p == 0:
+            raise InvalidRequest("sampling.top_p", "is 0: it must be in (0, 1]")
+        _check_number("sampling.min_p", self.min_p, 0.0, 1.0)
+        _check_integer("sampling.top_k", self.top_k, 0, 2**31 - 1)
+        _check_integer("sampling.seed", self.seed, 0, _SEED_LIMIT - 1)
+        _check_integer("stopping.max_tokens", self.max_tokens, 1, 2**31 - 1)
+        _check_integer("stopping.min_tokens", self.min_tokens, 0, 2**31 - 1)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InvalidRequest(
+                "stopping.min_tokens",
+                f"is {self.min_tokens}: it must be at most max_tokens ({self.max_tokens})",
+            )
+        _check_integer("output.logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        self._check_stops(stop)
+
+    def _check_stops(self, stop: tuple[str, ...]) -> None:
+        if len(stop) > MAX_STOP_STRINGS:
+            raise InvalidRequest(
+                "stopping.stop_strings", f"has {len(stop)} items: at most {MAX_STOP_STRINGS}"
+            )
+        for index, text in enumerate(stop):
+            if not isinstance(text, str) or not text:
+                raise InvalidRequest(
+                    f"stopping.stop_strings[{index}]", f"is {text!r}: it must be a text, not empty"
+                )
+        if len(self.stop_token_ids) > arena.MAX_END_IDS:
+            raise InvalidRequest(
+                "stopping.stop_token_ids",
+                f"has {len(self.stop_token_ids)} items: at most {arena.MAX_END_IDS}",
+            )
+        for index, token in enumerate(self.stop_token_ids):
+            _check_integer(f"stopping.stop_token_ids[{index}]", token, 0, 2**31 - 1)
+
+
+def _check_number(field: str, value: float | None, low: float, high: float) -> None:
+    """NaN and infinity are in no range."""
+    if value is None:
+        return
+    allowed = f"it must be a number in [{low:g}, {high:g}]"
+    if high == math.inf:
+        allowed = f"it must be a finite number of at least {low:g}"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InvalidRequest(field, f"is {value!r}: {allowed}")
+    if not math.isfinite(value) or not low <= value <= high:
+        raise InvalidRequest(field, f"is {value}: {allowed}")
+
+
+def _check_integer(field: str, value: int | None, low: int, high: int) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise InvalidRequest(field, f"is {value!r}: it must be an integer in [{low}, {high}]")

@@ -1,0 +1,83 @@
+"""The compute interface in torch: the reference of every kernel, and the CPU's own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from zllm.runtime.kv_cache import KVCache
+from zllm.runtime.ops import Batch
+from zllm.runtime.torch_attention import AttentionWork, attend, write_kv
+
+
+class TorchOps:
+    """Ops (runtime/ops.py) on torch's own kernels. Batches come from `torch_batch.prepare`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def embed(self, table: Tensor, tokens: Tensor) -> Tensor:
+        return functional.embedding(tokens, table)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return functional.rms_norm(x, weight.shape, weight, eps)
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return functional.rms_norm(residual.add_(x), weight.shape, weight, eps)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return functional.linear(x, weight, bias)
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return functional.silu(gate).mul_(up)
+
+    def rope_and_cache(
+        self,
+        qkv: Tensor,
+        batch: Batch,
+        cache: KVCache,
+        layer: int,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        cos_sin: Tensor,
+        q_norm: Tensor | None = None,
+        k_norm: Tensor | None = None,
+        eps: float = 1e-6,
+    ) -> Tensor:
+        heads = qkv.view(-1, num_heads + 2 * num_kv_heads, head_dim)
+        q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+        if q_norm is not None:
+            q = functional.rms_norm(q, (head_dim,), q_norm, eps)
+        if k_norm is not None:
+            k = functional.rms_norm(k, (head_dim,), k_norm, eps)
+        work: AttentionWork = batch.work
+        rotation = work.rotations.get(id(cos_sin))
+        if rotation is None:
+            rotation = _rotation(cos_sin, batch.positions, qkv.dtype)
+            work.rotations[id(cos_sin)] = rotation
+        write_kv(torch.cat([_rotate(k, *rotation), v], dim=1), work, cache, layer)
+        return _rotate(q, *rotation)
+
+    def attention(
+        self, q: Tensor, batch: Batch, cache: KVCache, layer: int, *, scale: float
+    ) -> Tensor:
+        return attend(q, batch.work, cache, layer, scale)
+
+    def take_rows(self, x: Tensor, index: Tensor) -> Tensor:
+        return x.index_select(0, index)
+
+
+def _rotation(cos_sin: Tensor, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """[P, 1, D] cosines twice, and sines once negated, so that rotating takes two products."""
+    cos, sin = cos_sin.index_select(0, positions)[:, None].to(dtype).chunk(2, dim=-1)
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """[P, heads, D]: pairs (i, i + D/2) turn by their angle."""
+    half = x.shape[-1] // 2
+    return torch.addcmul(x * cos, x.roll(half, -1), sin)

@@ -1,0 +1,203 @@
+"""The CPU's runner: a step runs at once, in torch, and is done when `launch` returns."""
+
+from __future__ import annotations
+
+import os
+from typing import cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from zllm.errors import ConfigError
+from zllm.native import arena as layout
+from zllm.native.scheduler import Plan
+from zllm.runtime.config import BLOCK_SIZE, EngineConfig
+from zllm.runtime.hub import resolve_model
+from zllm.runtime.kv_cache import KVCache, allocate_kv_cache, block_bytes, copy_blocks
+from zllm.runtime.loader import dummy_weights, load_weights, weights_bytes
+from zllm.runtime.model_config import ModelConfig
+from zllm.runtime.model_runner import StepResult
+from zllm.runtime.models.registry import model_class
+from zllm.runtime.ops import Batch, Sampled, SamplingStep
+from zllm.runtime.row_tables import allocate_row_tables
+from zllm.runtime.torch_batch import Arena, pairs, prepare, update_tables
+from zllm.runtime.torch_ops import TorchOps
+from zllm.runtime.torch_sampler import sample
+
+_MAX_NUM_BATCHED_TOKENS = 2048
+_POOL_SHARE = 0.25
+"""Of the memory that is available once the weights are loaded."""
+_GIB = 1024**3
+
+
+class TorchRunner:
+    """ModelRunner (runtime/model_runner.py) on torch's own kernels."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.device = torch.device("cpu")
+        folder = resolve_model(config.model)
+        model_config = ModelConfig.from_folder(folder)
+        model = model_class(model_config)
+        # Half precision is slower on most CPUs, so the checkpoint's own type is no reason for it.
+        self.dtype = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
+        kv_dtype = _kv_dtype(config, self.dtype)
+        parameters = model.parameters(model_config)
+        if config.load_format == "dummy":
+            std = model_config.initializer_range
+            weights = dummy_weights(parameters, self.dtype, self.device, std=std, seed=config.seed)
+        else:
+            weights = load_weights(folder, parameters, self.dtype, self.device)
+
+        per_block = block_bytes(model_config, kv_dtype)
+        self.num_kv_blocks, self.max_model_len = _pool(config, model_config, per_block)
+        self.num_host_blocks = int(config.swap_space_gib * _GIB) // per_block
+        self.max_num_batched_tokens = config.max_num_batched_tokens or _MAX_NUM_BATCHED_TOKENS
+        self.cache = self._allocate(model_config, self.num_kv_blocks, kv_dtype)
+        self.host_cache = self._allocate(model_config, self.num_host_blocks, kv_dtype)
+        self.tables = allocate_row_tables(config.max_num_seqs, self.max_model_len, self.device)
+        self.ops = TorchOps(self.device)
+        self.model = model(model_config, weights, self.max_model_len, self.device)
+        self.arenas = (np.zeros(0, np.int32), np.zeros(0, np.int32))
+        usable = self.num_kv_blocks - 1
+        full = usable / -(-self.max_model_len // BLOCK_SIZE)
+        name = str(self.dtype).removeprefix("torch.")
+        self.report = [
+            f"model: {model_config.architecture}, {model_config.num_parameters / 1e6:,.1f} M "
+            f"parameters, {_size(weights_bytes(weights))} in {name}",
+            f"device: cpu, {torch.get_num_threads()} threads",
+            f"KV cache: {usable:,} blocks of {BLOCK_SIZE} tokens, {_size(usable * per_block)}: "
+            f"{full:,.1f} requests of full length ({self.max_model_len:,} tokens)",
+        ]
+
+    def allocate_arenas(self, num_words: int) -> None:
+        self.arenas = (np.zeros(num_words, np.int32), np.zeros(num_words, np.int32))
+
+    def launch(self, plan: Plan, arena_index: int) -> StepResult:
+        """Run the step of `arenas[arena_index]`; the plan says nothing that its arena does not."""
+        del plan
+        return self.run(self.arenas[arena_index])
+
+    def collect(self, ticket: StepResult) -> StepResult:
+        return ticket
+
+    def close(self) -> None:
+        del self.model, self.cache, self.host_cache
+
+    @torch.inference_mode()
+    def run(self, arena: Arena) -> StepResult:
+        """Execute one step."""
+        copy_blocks(
+            self.cache, self.host_cache, pairs(arena, layout.H_NUM_SWAP_OUT, layout.H_SWAP_OUT)
+        )
+        copy_blocks(
+            self.host_cache, self.cache, pairs(arena, layout.H_NUM_SWAP_IN, layout.H_SWAP_IN)
+        )
+        copy_blocks(self.cache, self.cache, pairs(arena, layout.H_NUM_COPIES, layout.H_COPIES))
+        update_tables(arena, self.tables)
+        batch = prepare(arena, self.tables, self.cache, self.dtype)
+        hidden = self.model.forward(self.ops, batch, self.cache)
+        num_rows = int(arena[layout.H_NUM_ROWS])
+        if not len(batch.sample_rows):
+            return StepResult(np.zeros(num_rows, np.int32))
+        sampled = self._sample(arena, batch, hidden)
+        flags = arena[arena[layout.H_FLAGS] : arena[layout.H_FLAGS] + num_rows]
+        return _by_row(sampled, num_rows, np.flatnonzero(flags & layout.F_SAMPLE))
+
+    def _sample(self, arena: Arena, batch: Batch, hidden: Tensor) -> Sampled:
+        logits = self.model.logits(self.ops, self.ops.take_rows(hidden, batch.sample_tokens))
+        sampled = sample(
+            logits,
+            self.tables.params.index_select(0, batch.sample_rows),
+            batch.positions.index_select(0, batch.sample_tokens) + 1,
+            SamplingStep(int(arena[layout.H_FEATURES]), int(arena[layout.H_MAX_LOGPROBS])),
+        )
+        rows = batch.sample_rows.long()
+        # The step after this one may be planned already, and must find a token it can embed.
+        self.tables.last_token.index_copy_(0, rows, sampled.tokens.clamp(min=0))
+        failed = rows[sampled.tokens < 0]
+        if len(failed):
+            self._scrub(self.tables.block_table[failed])
+        return sampled
+
+    def _scrub(self, blocks: Tensor) -> None:
+        """Make a failed row's cache finite: whoever gets its blocks next multiplies what is
+        masked by 0, and NaN would survive that."""
+        by_block = self.cache.by_block()
+        ids = blocks.unique().long()
+        by_block.index_copy_(0, ids, by_block[ids].nan_to_num(0.0, 0.0, 0.0))
+
+    def _allocate(self, config: ModelConfig, num_blocks: int, dtype: torch.dtype) -> KVCache:
+        return allocate_kv_cache(config, num_blocks, dtype, self.device, "layer_major")
+
+
+def _by_row(sampled: Sampled, num_rows: int, rows: npt.NDArray[np.intp]) -> StepResult:
+    """Spread the sampled rows over the step's rows."""
+
+    def spread(values: Tensor | None) -> npt.NDArray[np.generic] | None:
+        if values is None:
+            return None
+        found = values.numpy()
+        if len(rows) == num_rows:
+            return found
+        out = np.zeros((num_rows, *found.shape[1:]), found.dtype)
+        out[rows] = found
+        return out
+
+    return StepResult(
+        cast("npt.NDArray[np.int32]", spread(sampled.tokens)),
+        cast("npt.NDArray[np.float32] | None", spread(sampled.logprobs)),
+        cast("npt.NDArray[np.int32] | None", spread(sampled.ranks)),
+        cast("npt.NDArray[np.int32] | None", spread(sampled.top_ids)),
+        cast("npt.NDArray[np.float32] | None", spread(sampled.top_logprobs)),
+    )
+
+
+def _kv_dtype(config: EngineConfig, dtype: torch.dtype) -> torch.dtype:
+    if config.kv_cache_dtype not in ("auto", str(dtype).removeprefix("torch.")):
+        raise ConfigError(
+            f"kv_cache_dtype is {config.kv_cache_dtype!r}: on the CPU it must be 'auto', the "
+            f"model's own type"
+        )
+    return dtype
+
+
+def _pool(config: EngineConfig, model: ModelConfig, per_block: int) -> tuple[int, int]:
+    """The pool's blocks (block 0 included) and the longest request."""
+    limit = model.max_position_embeddings
+    wanted_len = config.max_model_len or limit
+    if wanted_len > limit:
+        raise ConfigError(f"max_model_len is {wanted_len}: the model's positions end at {limit}")
+    if config.num_kv_blocks is not None:
+        # Blocks that requests may use; a request longer than the pool is refused on its own.
+        return config.num_kv_blocks + 1, wanted_len
+    affordable = int(_available_memory() * _POOL_SHARE) // per_block
+    if config.max_model_len is None:
+        wanted_len = min(wanted_len, affordable * BLOCK_SIZE)
+    needed = -(-wanted_len // BLOCK_SIZE)
+    if affordable < max(needed, 1):
+        raise ConfigError(
+            f"memory holds {affordable} KV blocks of {BLOCK_SIZE} tokens, but a request of "
+            f"{wanted_len} tokens needs {needed}: lower max_model_len"
+        )
+    return min(needed * config.max_num_seqs, affordable) + 1, wanted_len
+
+
+def _available_memory() -> int:
+    """Bytes that could be had without swapping."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    # Not Linux: half of what is installed.
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def _size(num_bytes: int) -> str:
+    if num_bytes >= _GIB:
+        return f"{num_bytes / _GIB:,.2f} GiB"
+    return f"{num_bytes / 1024**2:,.1f} MiB"
