@@ -18,11 +18,13 @@ from zllm.runtime.messages import (
     AddRequest,
     EngineReady,
     Load,
+    ModelCard,
     RequestRefused,
     RequestStarted,
     StepOutput,
     TokenLogprobs,
 )
+from zllm.runtime.model_config import ModelConfig
 from zllm.runtime.model_runner import ModelRunner, StepResult, Ticket, make_runner
 
 
@@ -64,6 +66,7 @@ class Engine:
             max_num_batched_tokens=self.runner.max_num_batched_tokens,
             num_kv_blocks=self.runner.num_kv_blocks,
             startup_report=self.runner.report,
+            card=_card(ModelConfig.from_folder(self.config.model)),
         )
 
     def add(self, request: AddRequest) -> None:
@@ -184,3 +187,16 @@ class Engine:
             if events.finishes[index]:
                 self._num_logprobs.pop(request_id, None)
         return found
+
+
+def _card(model: ModelConfig) -> ModelCard:
+    return ModelCard(
+        architectures=(model.architecture,),
+        vocab_size=model.vocab_size,
+        eos_token_ids=model.eos_token_ids,
+        weight_format=str(model.dtype).removeprefix("torch."),
+        temperature=model.sampling.temperature,
+        top_p=model.sampling.top_p,
+        top_k=model.sampling.top_k,
+        min_p=model.sampling.min_p,
+    )

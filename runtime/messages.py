@@ -85,6 +85,21 @@ class Shutdown(_Message, frozen=True, tag="shutdown"):
     """Finish nothing, release everything, exit."""
 
 
+class ModelCard(msgspec.Struct, frozen=True, array_like=True):
+    """What the model's files say, for a service that never loads torch."""
+
+    architectures: tuple[str, ...]
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    weight_format: str
+    """As stored: bfloat16, float16, float32, or a quantization's name."""
+    temperature: float | None = None
+    """This and the next: generation_config.json's defaults; None where it is silent."""
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+
+
 class EngineReady(_Message, frozen=True, tag="ready"):
     """The engine's first message: it listens, and this is what it serves."""
 
@@ -93,6 +108,7 @@ class EngineReady(_Message, frozen=True, tag="ready"):
     num_kv_blocks: int
     startup_report: list[str]
     """Lines for the operator: device, weights' memory, KV blocks, full-length requests."""
+    card: ModelCard
 
 
 class EngineFailed(_Message, frozen=True, tag="failed"):

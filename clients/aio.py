@@ -1,0 +1,148 @@
+"""The asyncio client: the surface of Client, awaited.
+
+async with AsyncClient("127.0.0.1:50051") as client:
+    async for delta in client.chat("Count from 1 to 5."):
+        print(delta.text, end="")
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+
+from zllm.clients.failures import to_error
+from zllm.clients.request import Message, Prompt, build_request
+from zllm.clients.results import (
+    Completion,
+    Delta,
+    ModelInfo,
+    Timing,
+    Usage,
+    read_completion,
+    read_delta,
+    read_model,
+    read_timing,
+    read_usage,
+)
+from zllm.clients.service_config import MAX_ATTEMPTS, channel_options
+from zllm.v1 import generation_pb2_grpc, models_pb2, models_pb2_grpc
+
+
+class AsyncStream:
+    """Iterates over Deltas. `usage` and `timing` are there once it has ended; a task that is
+    cancelled while it waits, or cancel(), ends the request."""
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+        self.request_id = ""
+        self.model = ""
+        self.prompt_token_ids: tuple[int, ...] = ()
+        self.usage: Usage | None = None
+        self.timing: Timing | None = None
+
+    async def __aiter__(self) -> AsyncIterator[Delta]:
+        try:
+            async for message in self._call:
+                event = message.WhichOneof("event")
+                if event == "delta":
+                    yield read_delta(message.delta)
+                elif event == "started":
+                    self.request_id = message.started.request_id
+                    self.model = message.started.model
+                    self.prompt_token_ids = tuple(message.started.prompt.token_ids)
+                elif event == "finished":
+                    self.usage = read_usage(message.finished.usage)
+                    self.timing = read_timing(message.finished.timing)
+        except grpc.RpcError as failure:
+            raise to_error(failure) from None
+        finally:
+            self.cancel()
+
+    def cancel(self) -> None:
+        """Ends the request; one that has ended is left alone."""
+        self._call.cancel()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.cancel()
+
+
+class AsyncClient:
+    """Talks to one server. Errors are those of zllm.errors, or TimeoutError."""
+
+    def __init__(self, target: str = "127.0.0.1:50051", *, attempts: int = MAX_ATTEMPTS) -> None:
+        self._channel = grpc.aio.insecure_channel(target, options=channel_options(attempts))
+        self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
+        self._models = models_pb2_grpc.ModelServiceStub(self._channel)
+
+    async def generate(
+        self, prompt: Prompt, *, timeout: float | None = None, **options: Any
+    ) -> Completion:
+        """One whole answer to text, token ids or chat messages; see build_request for options."""
+        request = build_request(prompt, **options)
+        return read_completion(await _call(self._generation.Generate, request, timeout))
+
+    def stream(
+        self, prompt: Prompt, *, timeout: float | None = None, **options: Any
+    ) -> AsyncStream:
+        """The same, as it comes."""
+        request = build_request(prompt, **options)
+        return AsyncStream(self._generation.StreamGenerate(request, timeout=timeout))
+
+    def chat(
+        self, messages: str | list[Message], *, timeout: float | None = None, **options: Any
+    ) -> AsyncStream:
+        """Streams the next turn; a string is a single turn of the user."""
+        turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        return self.stream(turns, timeout=timeout, **options)
+
+    async def models(self, *, timeout: float | None = None) -> list[ModelInfo]:
+        answer = await _call(self._models.ListModels, models_pb2.ListModelsRequest(), timeout)
+        return [read_model(model) for model in answer.models]
+
+    async def tokenize(
+        self, text: str, *, model: str = "", add_special_tokens: bool = False
+    ) -> list[int]:
+        request = models_pb2.TokenizeRequest(
+            model=model, text=text, add_special_tokens=add_special_tokens
+        )
+        return list((await _call(self._models.Tokenize, request, None)).ids)
+
+    async def detokenize(
+        self, ids: list[int], *, model: str = "", skip_special_tokens: bool = False
+    ) -> str:
+        request = models_pb2.DetokenizeRequest(
+            model=model, ids=ids, skip_special_tokens=skip_special_tokens
+        )
+        return str((await _call(self._models.Detokenize, request, None)).text)
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+
+async def _call(method: Any, request: object, timeout: float | None) -> Any:
+    try:
+        return await method(request, timeout=timeout)
+    except grpc.RpcError as failure:
+        raise to_error(failure) from None

@@ -1,0 +1,88 @@
+"""Builds a GenerateRequest from plain Python: what both clients share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from google.protobuf.duration_pb2 import Duration
+
+from zllm.v1 import generation_pb2
+
+Message = Mapping[str, str]
+"""One turn of a chat: {"role": ..., "content": ...}."""
+Prompt = str | Sequence[int] | Sequence[Message]
+"""Text, token ids or the messages of a chat."""
+
+_SAMPLING = {field.name for field in generation_pb2.SamplingParams.DESCRIPTOR.fields}
+_STOPPING = {field.name for field in generation_pb2.StoppingParams.DESCRIPTOR.fields}
+_OUTPUT = {field.name for field in generation_pb2.OutputOptions.DESCRIPTOR.fields} - {"text"}
+_TOP = {"request_id", "model", "priority", "truncate_prompt_tokens", "beam_search", "constraint"}
+_DURATIONS = {"time_limit", "queue_timeout"}
+
+
+def build_request(prompt: Prompt, **options: Any) -> generation_pb2.GenerateRequest:
+    """`options` are the contract's field names, flat: temperature, max_tokens, stop_strings,
+    logprobs … Times are in seconds. Besides: `stop` (one string or several), `text` (False: no
+    text back), `cache_salt`, `bypass_cache`, `tools`, `template_kwargs`.
+    Raises TypeError for a name or a type that the contract does not know."""
+    request = generation_pb2.GenerateRequest()
+    _set_prompt(request, prompt)
+    stop = options.pop("stop", None)
+    if stop is not None:
+        request.stopping.stop_strings.extend([stop] if isinstance(stop, str) else stop)
+    if "text" in options:
+        request.output.text = options.pop("text")
+    for name, value in options.items():
+        if value is not None:
+            _set_option(request, name, value)
+    return request
+
+
+def _set_prompt(request: generation_pb2.GenerateRequest, prompt: Prompt) -> None:
+    if isinstance(prompt, str):
+        request.text = prompt
+        return
+    for item in prompt:
+        if isinstance(item, Mapping):
+            request.chat.messages.add(role=item["role"], content=item["content"])
+        else:
+            request.token_ids.ids.append(item)
+
+
+def _set_option(request: generation_pb2.GenerateRequest, name: str, value: Any) -> None:
+    if name in _SAMPLING:
+        _assign(request.sampling, name, value)
+    elif name in _STOPPING:
+        _assign(request.stopping, name, value)
+    elif name in _OUTPUT:
+        _assign(request.output, name, value)
+    elif name in _TOP or name in _DURATIONS:
+        _assign(request, name, value)
+    elif name == "cache_salt":
+        request.cache.salt = value
+    elif name == "bypass_cache":
+        request.cache.bypass = value
+    elif name == "tools":
+        request.chat.tools_json = json.dumps(value)
+    elif name == "template_kwargs":
+        request.chat.template_kwargs.update(value)
+    else:
+        raise TypeError(f"{name!r} is no option of a generation request")
+
+
+def _assign(message: Any, name: str, value: Any) -> None:
+    field = message.DESCRIPTOR.fields_by_name[name]
+    if name in _DURATIONS:
+        duration = Duration()
+        duration.FromNanoseconds(round(value * 1e9))
+        getattr(message, name).CopyFrom(duration)
+    elif field.is_repeated and field.message_type is not None:
+        getattr(message, name).update(value)
+    elif field.is_repeated:
+        getattr(message, name).extend(value)
+    elif field.message_type is not None:
+        getattr(message, name).CopyFrom(value)
+    else:
+        setattr(message, name, value)

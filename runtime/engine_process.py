@@ -1,0 +1,150 @@
+"""The engine's own process: an inbox and an outbox around Engine, so that no GIL is shared.
+
+service/supervisor.py starts it as `python -m zllm.runtime.engine_process ADDRESS` and writes the
+EngineConfig as one line of JSON to its stdin. Stdin then stays open for as long as the parent
+lives: its end, like the parent's death, ends this process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+from typing import Protocol
+
+import msgspec
+import zmq
+
+from zllm.errors import ConfigError
+from zllm.runtime.config import EngineConfig
+from zllm.runtime.messages import (
+    AbortRequests,
+    AddRequest,
+    EngineFailed,
+    EngineReady,
+    FromEngine,
+    Heartbeat,
+    Load,
+    Shutdown,
+    StepOutput,
+    ToEngine,
+)
+
+HEARTBEAT_S = 0.5
+"""Silence of the outbox at most, while the step loop turns."""
+
+_decode = msgspec.msgpack.Decoder(ToEngine).decode
+_encode = msgspec.msgpack.Encoder().encode
+
+
+class Steppable(Protocol):
+    """What the loop needs of an Engine."""
+
+    def ready(self) -> EngineReady: ...
+    def add(self, request: AddRequest) -> None: ...
+    def abort(self, request_ids: list[int]) -> None: ...
+    def step(self) -> StepOutput | None: ...
+    def has_work(self) -> bool: ...
+    def load(self) -> Load: ...
+    def close(self) -> None: ...
+
+
+class EngineLoop:
+    """Takes requests in, steps the engine, sends what each step gave."""
+
+    def __init__(self, engine: Steppable, socket: zmq.Socket[bytes]) -> None:
+        self._engine = engine
+        self._socket = socket
+        self._last_sent = 0.0
+
+    def run(self) -> None:
+        """Until Shutdown comes."""
+        engine = self._engine
+        self._send(engine.ready())
+        running = True
+        while running:
+            busy = engine.has_work()
+            heard, running = self._take_inbox(0 if busy else int(HEARTBEAT_S * 1000))
+            output = engine.step() if engine.has_work() else None
+            if output is not None:
+                self._send(output)
+            idle_again = (heard or busy) and not engine.has_work()
+            if idle_again or time.monotonic() - self._last_sent > HEARTBEAT_S:
+                self._send(Heartbeat(engine.load()))
+        engine.close()
+
+    def _take_inbox(self, timeout_ms: int) -> tuple[bool, bool]:
+        """Whether anything came, and whether to go on."""
+        heard = False
+        while self._socket.poll(0 if heard else timeout_ms):
+            message = _decode(self._socket.recv())
+            heard = True
+            if isinstance(message, AddRequest):
+                self._engine.add(message)
+            elif isinstance(message, AbortRequests):
+                self._engine.abort(message.request_ids)
+            elif isinstance(message, Shutdown):
+                return heard, False
+        return heard, True
+
+    def _send(self, message: FromEngine) -> None:
+        self._socket.send(_encode(message))
+        self._last_sent = time.monotonic()
+
+
+def bind(address: str) -> zmq.Socket[bytes]:
+    socket = zmq.Context.instance().socket(zmq.PAIR)
+    socket.bind(address)
+    return socket
+
+
+def _die_with_parent() -> None:
+    """SIGKILL from the kernel where it can (Linux), the end of stdin elsewhere and for races."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+    def watch() -> None:
+        while os.read(0, 4096):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="parent-watch").start()
+
+
+def _read_line() -> bytes:
+    """One line of stdin, unbuffered: the rest of it belongs to the parent watch."""
+    line = b""
+    while not line.endswith(b"\n"):
+        piece = os.read(0, 65536)
+        if not piece:
+            os._exit(1)
+        line += piece
+    return line
+
+
+def main(address: str) -> int:
+    # Ctrl-C reaches the whole terminal group: the service decides when the engine ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    config = msgspec.json.decode(_read_line(), type=EngineConfig, dec_hook=lambda t, v: t(v))
+    _die_with_parent()
+    socket = bind(address)
+    try:
+        # Imported here so that a torch that cannot load reaches the parent as EngineFailed too.
+        from zllm.runtime.engine import Engine
+
+        engine = Engine(config)
+    except (ConfigError, ImportError, OSError, MemoryError, RuntimeError) as error:
+        socket.send(_encode(EngineFailed(str(error) or type(error).__name__)))
+        zmq.Context.instance().destroy(linger=5000)
+        return 1
+    EngineLoop(engine, socket).run()
+    zmq.Context.instance().destroy(linger=1000)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

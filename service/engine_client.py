@@ -1,0 +1,208 @@
+"""The service's end of the engine: requests out, each step's tokens routed to their streams."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+
+import msgspec
+import numpy as np
+import zmq
+import zmq.asyncio
+
+from zllm.errors import ConfigError, InvalidRequest, Overloaded, Unavailable
+from zllm.runtime.messages import (
+    AbortRequests,
+    AddRequest,
+    EngineFailed,
+    EngineReady,
+    FromEngine,
+    Heartbeat,
+    Load,
+    Shutdown,
+    StepOutput,
+    ToEngine,
+)
+from zllm.service.streams import Stream
+
+log = logging.getLogger(__name__)
+
+LOAD_WINDOW_S = 60.0
+
+_decode = msgspec.msgpack.Decoder(FromEngine).decode
+_encode = msgspec.msgpack.Encoder().encode
+
+
+class EngineClient:
+    """`on_health` hears True when the engine answers and False when it is silent or dead."""
+
+    def __init__(
+        self, address: str, *, timeout: float, on_health: Callable[[bool], None] | None = None
+    ) -> None:
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.PAIR)
+        self._socket.connect(address)
+        self._timeout = timeout
+        self.on_health = on_health
+        self._streams: dict[int, Stream] = {}
+        self._next_id = 1
+        self._last_heard = 0.0
+        self._healthy = False
+        self._lost: str | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self.load = Load()
+        self._history: deque[tuple[float, Load]] = deque()
+
+    async def connect(self) -> EngineReady:
+        """Waits for the engine's first message. Raises ConfigError with the engine's own words."""
+        message = _decode(await self._socket.recv())
+        if isinstance(message, EngineFailed):
+            raise ConfigError(message.message)
+        if not isinstance(message, EngineReady):
+            raise ConfigError(f"the engine began with {type(message).__name__}")
+        self._last_heard = asyncio.get_running_loop().time()
+        self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._watch())]
+        self._set_healthy(True)
+        return message
+
+    @property
+    def healthy(self) -> bool:
+        return self._healthy
+
+    @property
+    def live_streams(self) -> int:
+        return len(self._streams)
+
+    def submit(self, request: AddRequest, stream: Stream) -> int:
+        """Sends the request under a fresh id, which it returns. Raises Unavailable."""
+        if not self._healthy:
+            raise Unavailable(self._lost or "the engine does not answer")
+        request_id = self._next_id
+        self._next_id += 1
+        self._streams[request_id] = stream
+        self._send(msgspec.structs.replace(request, request_id=request_id))
+        return request_id
+
+    def release(self, request_id: int) -> None:
+        """The handler is done with the request: one that still runs is aborted."""
+        if self._streams.pop(request_id, None) is not None:
+            self._send(AbortRequests([request_id]))
+
+    def bury(self, why: str) -> None:
+        """The engine's process is gone for good."""
+        for task in self._tasks:
+            task.cancel()
+        self.lose(why)
+
+    def lose(self, why: str) -> None:
+        """The engine is silent: its requests fail, and new ones are refused until it speaks."""
+        self._lost = why
+        self._set_healthy(False)
+        if self._streams:
+            self._send(AbortRequests(list(self._streams)))
+        for stream in self._streams.values():
+            stream.fail(Unavailable(why))
+        self._streams.clear()
+
+    def end_all(self, finish: int) -> None:
+        """Ends every stream here and in the engine, keeping what it has."""
+        if self._streams:
+            self._send(AbortRequests(list(self._streams)))
+        for stream in self._streams.values():
+            stream.push(-1, finish)
+        self._streams.clear()
+
+    def window(self) -> tuple[float, float]:
+        """Prefix hit rate and tokens a second over the last minute."""
+        now = asyncio.get_running_loop().time()
+        self._remember(now)
+        then, old = self._history[0]
+        queried = self.load.prefix_query_tokens - old.prefix_query_tokens
+        hits = self.load.prefix_hit_tokens - old.prefix_hit_tokens
+        tokens = self.load.generated_tokens - old.generated_tokens
+        seconds = max(now - then, 1.0)
+        return (hits / queried if queried > 0 else 0.0), tokens / seconds
+
+    async def close(self) -> None:
+        """Tells the engine to end, and stops listening."""
+        self._send(Shutdown())
+        for task in self._tasks:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+        self._set_healthy(False)
+        self._context.destroy(linger=200)
+
+    def _send(self, message: ToEngine) -> None:
+        # Sent at once, or queued by zmq.asyncio in order; a dead engine's queue is dropped.
+        if not self._socket.closed:
+            self._socket.send(_encode(message))
+
+    async def _receive(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            message = _decode(await self._socket.recv())
+            now = self._last_heard = loop.time()
+            if not self._healthy:
+                self._set_healthy(True)
+            if isinstance(message, StepOutput):
+                self.load = message.load
+                self._route(message)
+            elif isinstance(message, Heartbeat):
+                self.load = message.load
+            if not self._history or now - self._history[-1][0] >= 1.0:
+                self._remember(now)
+
+    def _route(self, step: StepOutput) -> None:
+        streams = self._streams
+        for started in step.started:
+            stream = streams.get(started.request_id)
+            if stream is not None:
+                stream.start(started)
+        for refused in step.refused:
+            stream = streams.pop(refused.request_id, None)
+            if stream is not None:
+                stream.fail(
+                    InvalidRequest(refused.field, refused.message)
+                    if refused.field
+                    else Overloaded(refused.message)
+                )
+        ids = np.frombuffer(step.request_ids, dtype="<i8").tolist()
+        tokens = np.frombuffer(step.tokens, dtype="<i4").tolist()
+        logprobs = step.logprobs
+        stopped: list[int] = []
+        entries = zip(ids, tokens, step.finishes, strict=True)
+        for index, (request_id, token, finish) in enumerate(entries):
+            stream = streams.get(request_id)
+            if stream is None:
+                continue
+            if stream.push(token, finish, logprobs.get(index) if logprobs else None):
+                stopped.append(request_id)
+                del streams[request_id]
+            elif finish:
+                del streams[request_id]
+        if stopped:
+            self._send(AbortRequests(stopped))
+
+    async def _watch(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(self._timeout / 4)
+            silence = loop.time() - self._last_heard
+            if self._healthy and silence > self._timeout:
+                log.error("the engine has been silent for %.1f s", silence)
+                self.lose(f"the engine has not answered for {silence:.0f} s")
+
+    def _set_healthy(self, healthy: bool) -> None:
+        if healthy != self._healthy:
+            self._healthy = healthy
+            if self.on_health is not None:
+                self.on_health(healthy)
+
+    def _remember(self, now: float) -> None:
+        self._history.append((now, self.load))
+        while now - self._history[0][0] > LOAD_WINDOW_S and len(self._history) > 1:
+            self._history.popleft()

@@ -1,0 +1,246 @@
+"""GenerationService: text, chat or token ids in; one answer or a stream of deltas out."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from google.protobuf.duration_pb2 import Duration
+
+from zllm.errors import RequestExists, Unavailable
+from zllm.runtime.detokenizer import Detokenizer
+from zllm.runtime.messages import AddRequest, TokenLogprobs
+from zllm.service.prompts import prompt_ids
+from zllm.service.rpc import Context
+from zllm.service.served_model import Models, ServedModel
+from zllm.service.streams import Delta, Finish, Stream
+from zllm.service.validation import check_options, fit_prompt
+from zllm.v1 import generation_pb2, types_pb2
+
+WHOLE = 2**31
+"""More tokens than any sequence has: a delta that waits for the end."""
+
+
+@dataclass
+class _Run:
+    """A request on its way: what the engine was sent, and the stream of what it gives."""
+
+    request: generation_pb2.GenerateRequest
+    request_id: str
+    model: ServedModel
+    prompt: list[int]
+    stream: Stream
+    engine_id: int
+
+
+class GenerationService:
+    def __init__(self, models: Models, queue_timeout: float) -> None:
+        self._models = models
+        self._queue_timeout = queue_timeout
+        self._live: set[str] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self.draining = False
+
+    async def idle(self) -> None:
+        """Until no request is live."""
+        await self._idle.wait()
+
+    async def Generate(
+        self, request: generation_pb2.GenerateRequest, context: Context
+    ) -> generation_pb2.GenerateResponse:
+        request_id = self._claim(request)
+        try:
+            run = await self._submit(request, request_id, min_tokens=WHOLE)
+            try:
+                delta = await run.stream.take()
+            finally:
+                run.model.engine.release(run.engine_id)
+        finally:
+            self._unclaim(request_id)
+        return _whole_answer(run, delta)
+
+    async def StreamGenerate(
+        self, request: generation_pb2.GenerateRequest, context: Context
+    ) -> None:
+        request_id = self._claim(request)
+        try:
+            run = await self._submit(request, request_id)
+            try:
+                await _write_stream(run, context)
+            finally:
+                # Cancelled, vanished, expired or done: what still runs is aborted.
+                run.model.engine.release(run.engine_id)
+        finally:
+            self._unclaim(request_id)
+
+    def _claim(self, request: generation_pb2.GenerateRequest) -> str:
+        if self.draining:
+            raise Unavailable("the server is draining")
+        request_id = request.request_id or uuid.uuid4().hex
+        if request_id in self._live:
+            raise RequestExists("request_id", f"{request_id[:200]!r} is that of a live request")
+        self._live.add(request_id)
+        self._idle.clear()
+        return request_id
+
+    def _unclaim(self, request_id: str) -> None:
+        self._live.discard(request_id)
+        if not self._live:
+            self._idle.set()
+
+    async def _submit(
+        self,
+        request: generation_pb2.GenerateRequest,
+        request_id: str,
+        min_tokens: int | None = None,
+    ) -> _Run:
+        model = self._models.find(request.model)
+        options = check_options(request, model, self._queue_timeout)
+        prompt = await prompt_ids(request, model)
+        prompt, stopping = fit_prompt(request, prompt, options, model.max_context_tokens)
+        output = request.output
+        skip_special = not output.HasField("skip_special_tokens") or output.skip_special_tokens
+        stream = Stream(
+            Detokenizer(
+                model.tokenizer,
+                skip_special_tokens=skip_special,
+                stop_strings=options.stop_strings,
+                include_stop_string=request.stopping.include_stop_string,
+            ),
+            has_stop_strings=bool(options.stop_strings),
+            keep_stop=request.stopping.include_stop_string,
+            min_tokens=min_tokens or options.min_tokens_per_delta,
+        )
+        engine_id = model.engine.submit(
+            AddRequest(
+                request_id=0,  # the engine client's to give
+                prompt=np.asarray(prompt, dtype="<i4").tobytes(),
+                sampling=options.sampling,
+                stopping=stopping,
+                num_logprobs=options.num_logprobs,
+                priority=request.priority,
+                salt=request.cache.salt,
+                bypass_cache=request.cache.bypass,
+                queue_timeout=options.queue_timeout,
+            ),
+            stream,
+        )
+        return _Run(request, request_id, model, prompt, stream, engine_id)
+
+
+async def _write_stream(run: _Run, context: Context) -> None:
+    # The response's headers go out with the first message, so that a request which never
+    # starts can still be retried by its client.
+    delta = await run.stream.take()
+    await context.write(
+        generation_pb2.StreamGenerateResponse(
+            started=generation_pb2.GenerationStarted(
+                request_id=run.request_id, model=run.model.name, prompt=_prompt_info(run)
+            )
+        )
+    )
+    await context.write(_delta_message(run, delta))
+    while delta.finish is None:
+        delta = await run.stream.take()
+        await context.write(_delta_message(run, delta))
+    await context.write(
+        generation_pb2.StreamGenerateResponse(
+            finished=generation_pb2.GenerationFinished(usage=_usage(run), timing=_timing(run))
+        )
+    )
+
+
+def _delta_message(run: _Run, delta: Delta) -> generation_pb2.StreamGenerateResponse:
+    message = generation_pb2.SequenceDelta(num_tokens=len(delta.token_ids), **_content(run, delta))
+    return generation_pb2.StreamGenerateResponse(delta=message)
+
+
+def _whole_answer(run: _Run, delta: Delta) -> generation_pb2.GenerateResponse:
+    output = generation_pb2.SequenceOutput(**_content(run, delta))
+    if run.request.output.HasField("logprobs"):
+        output.cumulative_logprob = run.stream.cumulative_logprob
+    return generation_pb2.GenerateResponse(
+        request_id=run.request_id,
+        model=run.model.name,
+        prompt=_prompt_info(run),
+        outputs=[output],
+        usage=_usage(run),
+        timing=_timing(run),
+    )
+
+
+def _content(run: _Run, delta: Delta) -> dict[str, Any]:
+    """The fields that SequenceDelta and SequenceOutput share, as far as they were asked for."""
+    wanted = run.request.output
+    content: dict[str, Any] = {}
+    if wanted.text or not wanted.HasField("text"):
+        content["text"] = delta.text
+    if wanted.token_ids:
+        content["token_ids"] = delta.token_ids
+    if delta.logprobs:
+        content["logprobs"] = [
+            _logprob(run.model, token_id, entry)
+            for token_id, entry in zip(delta.token_ids, delta.logprobs, strict=True)
+        ]
+    if delta.finish is not None:
+        content["finish"] = _finish(delta.finish)
+    return content
+
+
+def _finish(finish: Finish) -> generation_pb2.SequenceFinish:
+    message = generation_pb2.SequenceFinish(reason=int(finish.reason))  # type: ignore[arg-type]
+    if finish.stop_string is not None:
+        message.stop_string = finish.stop_string
+    elif finish.stop_token_id is not None:
+        message.stop_token_id = finish.stop_token_id
+    return message
+
+
+def _logprob(model: ServedModel, token_id: int, entry: TokenLogprobs) -> types_pb2.TokenLogprob:
+    token_bytes = model.tokenizer.token_bytes
+    return types_pb2.TokenLogprob(
+        token_id=token_id,
+        logprob=entry.logprob,
+        rank=entry.rank,
+        token=token_bytes(token_id),
+        top=[
+            types_pb2.TopLogprob(token_id=top_id, logprob=logprob, token=token_bytes(top_id))
+            for top_id, logprob in zip(entry.top_ids, entry.top_logprobs, strict=True)
+        ],
+    )
+
+
+def _prompt_info(run: _Run) -> generation_pb2.PromptInfo:
+    return generation_pb2.PromptInfo(
+        prompt_tokens=len(run.prompt),
+        cached_tokens=run.stream.cached_tokens,
+        token_ids=run.prompt if run.request.output.prompt_token_ids else (),
+    )
+
+
+def _usage(run: _Run) -> types_pb2.Usage:
+    return types_pb2.Usage(
+        prompt_tokens=len(run.prompt),
+        cached_tokens=run.stream.cached_tokens,
+        completion_tokens=run.stream.completion_tokens,
+    )
+
+
+def _timing(run: _Run) -> generation_pb2.Timing:
+    stream = run.stream
+    return generation_pb2.Timing(
+        queued=_duration(stream.queued_s),
+        first_token=_duration(stream.first_token_at - stream.arrived),
+        total=_duration(time.monotonic() - stream.arrived),
+    )
+
+
+def _duration(seconds: float) -> Duration:
+    message = Duration()
+    message.FromNanoseconds(int(seconds * 1e9))
+    return message

@@ -1,0 +1,61 @@
+"""From a request's prompt to token ids: tokenize text, render chat, take ids as they are.
+
+Work that grows with the prompt runs in a thread, so that no running stream waits for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+from google.protobuf import json_format
+
+from zllm.errors import InvalidRequest
+from zllm.service.served_model import ServedModel
+from zllm.v1 import generation_pb2
+
+INLINE_CHARS = 2048
+"""Text that is tokenized faster than a thread is woken."""
+
+
+async def prompt_ids(request: generation_pb2.GenerateRequest, model: ServedModel) -> list[int]:
+    """Raises InvalidRequest for a chat that the model's template refuses."""
+    kind = request.WhichOneof("prompt")
+    if kind == "token_ids":
+        return list(request.token_ids.ids)
+    if kind == "text":
+        return await encode_text(model, request.text, add_special_tokens=True)
+    text = await asyncio.to_thread(_render, request.chat, model)
+    # The template writes the special tokens itself.
+    return await encode_text(model, text, add_special_tokens=False)
+
+
+async def encode_text(model: ServedModel, text: str, *, add_special_tokens: bool) -> list[int]:
+    encode = model.tokenizer.encode
+    if len(text) <= INLINE_CHARS:
+        return encode(text, add_special_tokens=add_special_tokens)
+    return await asyncio.to_thread(encode, text, add_special_tokens=add_special_tokens)
+
+
+def _render(chat: generation_pb2.Chat, model: ServedModel) -> str:
+    template = model.chat_template
+    if template is None:
+        raise InvalidRequest("chat", f"model {model.name} has no chat template: send text instead")
+    return template.render(
+        [{"role": message.role, "content": message.content} for message in chat.messages],
+        tools=_tools(chat.tools_json),
+        variables=json_format.MessageToDict(chat.template_kwargs),
+    )
+
+
+def _tools(tools_json: str) -> list[Any] | None:
+    if not tools_json:
+        return None
+    try:
+        tools = json.loads(tools_json)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest("chat.tools_json", f"it is not JSON: {error}") from None
+    if not isinstance(tools, list):
+        raise InvalidRequest("chat.tools_json", "it is JSON, but not an array of tools")
+    return tools

@@ -1,0 +1,71 @@
+"""Binds a servicer to its contract: parse, run, answer errors with their status.
+
+In place of the generated `add_…Servicer_to_server`, so that a malformed message is the sender's
+error and every method's exceptions meet one mapping. Stream methods are plain coroutines that
+`context.write`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+from google.protobuf import message_factory
+from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
+
+from zllm.errors import UnsupportedRequest, ZllmError
+from zllm.service.status import abort
+from zllm.service.wire import Parsed, parser
+
+log = logging.getLogger(__name__)
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Method = Callable[[Any, Context], Awaitable[Any]]
+
+
+def add_service(server: grpc.aio.Server, service: ServiceDescriptor, servicer: object) -> None:
+    """Methods that the servicer does not have answer UNIMPLEMENTED by name."""
+    handlers = {m.name: _handler(m, getattr(servicer, m.name, None)) for m in service.methods}
+    server.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler(service.full_name, handlers),)
+    )
+
+
+def _handler(method: MethodDescriptor, function: Method | None) -> grpc.RpcMethodHandler[Any, Any]:
+    kind = (
+        grpc.unary_stream_rpc_method_handler
+        if method.server_streaming
+        else grpc.unary_unary_rpc_method_handler
+    )
+    return kind(
+        _answering(function or _missing(method)),
+        request_deserializer=parser(message_factory.GetMessageClass(method.input_type)),
+        response_serializer=message_factory.GetMessageClass(method.output_type).SerializeToString,
+    )
+
+
+def _answering(function: Method) -> Method:
+    async def answer(request: Parsed, context: Context) -> Any:
+        try:
+            if isinstance(request, ZllmError):
+                raise request
+            return await function(request, context)
+        except ZllmError as error:
+            await abort(context, error)
+        except grpc.aio.AbortError:
+            raise
+        except Exception:
+            # The text of an unforeseen exception may hold paths or prompts: it stays in the log.
+            log.exception("unforeseen error in %s", getattr(function, "__qualname__", function))
+            await abort(context, ZllmError("internal error; the server's log says more"))
+
+    return answer
+
+
+def _missing(method: MethodDescriptor) -> Method:
+    async def refuse(request: Any, context: Context) -> Any:
+        raise UnsupportedRequest(method.name, "this server does not implement it yet")
+
+    return refuse

@@ -1,0 +1,80 @@
+"""`zllm serve`: start the engine, listen, say where, and leave in good order."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from collections.abc import Callable
+
+from zllm.runtime.chat_template import load_chat_template
+from zllm.runtime.config import EngineConfig
+from zllm.runtime.tokenizer import load_tokenizer
+from zllm.service.config import ServerConfig
+from zllm.service.served_model import ServedModel
+from zllm.service.server import Server, join_address
+from zllm.service.supervisor import EngineProcess
+
+ENGINE_LOST = 1
+"""Exit code where the engine died under the server."""
+
+
+def run(server: ServerConfig, engine: EngineConfig, *, version: str) -> int:
+    """Serves until SIGTERM or SIGINT. Returns the exit code; raises ConfigError at start-up."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.run(serve(server, engine, version=version))
+    return uvloop.run(serve(server, engine, version=version))
+
+
+async def serve(
+    config: ServerConfig,
+    engine_config: EngineConfig,
+    *,
+    version: str,
+    say: Callable[[str], None] = lambda line: print(line, flush=True),
+) -> int:
+    stop, hurry = asyncio.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, lambda: (hurry if stop.is_set() else stop).set())
+    tokenizer = load_tokenizer(engine_config.model)
+    chat_template = load_chat_template(engine_config.model)
+    name = engine_config.served_model_name or engine_config.model.name
+    say(f"zllm {version}: loading {name} from {engine_config.model}")
+    engine = EngineProcess(engine_config, timeout=config.engine_timeout)
+    starting = asyncio.create_task(engine.start())
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    if not starting.done():
+        starting.cancel()
+        await engine.stop()
+        return 0
+    ready = await starting
+    try:
+        for line in ready.startup_report:
+            say(line)
+        model = ServedModel(
+            name=name,
+            card=ready.card,
+            tokenizer=tokenizer,
+            chat_template=chat_template,
+            engine=engine.client,
+            max_context_tokens=ready.max_model_len,
+        )
+        server = Server(config, [model], version=version, engines=[engine_config])
+        await server.start()
+        say(f"admin on {join_address(config.admin_host, server.admin_port)}")
+        say(f"listening on {join_address(config.host, server.port)}")
+        died = asyncio.create_task(engine.wait())
+        await asyncio.wait({stopping, died}, return_when=asyncio.FIRST_COMPLETED)
+        lost = not stop.is_set()
+        if lost:
+            print(f"zllm: {died.result()}; stopping", file=sys.stderr, flush=True)
+        died.cancel()
+        await server.stop(0.0 if lost else config.shutdown_grace, hurry)
+        return ENGINE_LOST if lost else 0
+    finally:
+        stopping.cancel()
+        await engine.stop()

@@ -1,0 +1,132 @@
+"""The gRPC listeners over the served models: one for users, one for operators."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import suppress
+
+import grpc
+from google.protobuf.descriptor import ServiceDescriptor
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection
+
+from zllm.errors import ConfigError
+from zllm.runtime.config import EngineConfig
+from zllm.runtime.messages import FinishReason
+from zllm.service.admin import AdminService
+from zllm.service.config import ServerConfig
+from zllm.service.generation import GenerationService
+from zllm.service.health import Health
+from zllm.service.models import ModelService
+from zllm.service.rpc import add_service
+from zllm.service.served_model import Models, ServedModel
+from zllm.v1 import admin_pb2, generation_pb2, models_pb2
+
+LAST_WRITES_S = 0.5
+"""How long the final messages of ended streams get to leave."""
+
+
+class Server:
+    """Serves `models` from start() to stop(). The engines are the caller's."""
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        models: Sequence[ServedModel],
+        *,
+        version: str,
+        engines: Sequence[EngineConfig] = (),
+    ) -> None:
+        self._config = config
+        self._models = Models({model.name: model for model in models})
+        self._health = Health()
+        self._generation = GenerationService(self._models, config.queue_timeout)
+        self._admin = AdminService(self._models, version, config, list(engines))
+        self._public = grpc.aio.server(options=_options(config))
+        self._private = grpc.aio.server(options=_options(config))
+        services = [
+            (generation_pb2.DESCRIPTOR.services_by_name["GenerationService"], self._generation),
+            (models_pb2.DESCRIPTOR.services_by_name["ModelService"], ModelService(self._models)),
+            (health_pb2.DESCRIPTOR.services_by_name["Health"], self._health.servicer),
+        ]
+        self._add(self._public, services, config.shows_reflection)
+        admin = admin_pb2.DESCRIPTOR.services_by_name["AdminService"]
+        self._add(self._private, [(admin, self._admin)], config.shows_reflection)
+        self.port = 0
+        self.admin_port = 0
+
+    async def start(self) -> None:
+        """Listens. Raises ConfigError where a port is taken."""
+        config = self._config
+        self.port = _listen(self._public, config.host, config.port, "--port")
+        self.admin_port = _listen(
+            self._private, config.admin_host, config.admin_port, "--admin-port"
+        )
+        for model in self._models.by_name.values():
+            model.engine.on_health = self._follow
+        self._follow()
+        await self._public.start()
+        await self._private.start()
+
+    async def stop(self, grace: float, hurry: asyncio.Event | None = None) -> None:
+        """Refuses new work, lets running requests finish for `grace` seconds or until `hurry`,
+        ends the rest with FINISH_REASON_SHUTDOWN, and closes both listeners."""
+        self._generation.draining = self._admin.draining = True
+        await self._health.shut_down()
+        hurried = asyncio.create_task((hurry or asyncio.Event()).wait())
+        idle = asyncio.create_task(self._generation.idle())
+        await asyncio.wait({hurried, idle}, timeout=grace, return_when=asyncio.FIRST_COMPLETED)
+        for model in self._models.by_name.values():
+            model.engine.end_all(FinishReason.SHUTDOWN)
+        await asyncio.wait({idle}, timeout=LAST_WRITES_S)
+        for task in (hurried, idle):
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+        await asyncio.gather(self._public.stop(LAST_WRITES_S), self._private.stop(LAST_WRITES_S))
+
+    def _follow(self, _: bool = True) -> None:
+        self._health.set(all(m.engine.healthy for m in self._models.by_name.values()))
+
+    @staticmethod
+    def _add(
+        server: grpc.aio.Server,
+        services: Sequence[tuple[ServiceDescriptor, object]],
+        shows_reflection: bool,
+    ) -> None:
+        for descriptor, servicer in services:
+            add_service(server, descriptor, servicer)
+        if shows_reflection:
+            names = [descriptor.full_name for descriptor, _ in services]
+            reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], server)
+
+
+def _options(config: ServerConfig) -> list[tuple[str, int]]:
+    return [
+        ("grpc.max_receive_message_length", config.max_message_bytes),
+        ("grpc.max_send_message_length", -1),
+        # A second server on the same port is an error, not a silent half of the traffic.
+        ("grpc.so_reuseport", 0),
+        # Notices clients that vanished without a word; tolerates clients that ping.
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ]
+
+
+def _listen(server: grpc.aio.Server, host: str, port: int, flag: str) -> int:
+    try:
+        bound = server.add_insecure_port(join_address(host, port))
+    except RuntimeError as error:
+        raise ConfigError(
+            f"cannot listen on {join_address(host, port)}: it is taken or not this machine's; "
+            f"choose another with {flag}, or 0 for a free one"
+        ) from error
+    return int(bound)
+
+
+def join_address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"

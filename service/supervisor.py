@@ -1,0 +1,109 @@
+"""Starts an engine's process, waits for it, and notices its death.
+
+The engine listens on a unix socket in a directory of mode 0700. Once both ends have met, the
+socket's name is removed: nobody else can connect, and nothing is left behind by a kill -9.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from zllm.errors import ConfigError
+from zllm.runtime.config import EngineConfig
+from zllm.runtime.messages import EngineReady
+from zllm.service.engine_client import EngineClient
+
+ENGINE_COMMAND = (sys.executable, "-m", "zllm.runtime.engine_process")
+STOP_S = 5.0
+"""How long the engine gets to end after Shutdown."""
+
+
+class EngineProcess:
+    """One model's engine and the client to it."""
+
+    def __init__(
+        self, config: EngineConfig, *, timeout: float, command: Sequence[str] = ENGINE_COMMAND
+    ) -> None:
+        self._config = config
+        self._command = command
+        self._directory = Path(tempfile.mkdtemp(prefix="zllm-"))
+        address = f"ipc://{self._directory}/engine.sock"
+        self._address = address
+        self._process: asyncio.subprocess.Process | None = None
+        self._watch: asyncio.Task[None] | None = None
+        self.client = EngineClient(address, timeout=timeout)
+
+    @property
+    def pid(self) -> int:
+        if self._process is None:
+            raise ConfigError("the engine's process was not started")
+        return self._process.pid
+
+    async def start(self) -> EngineReady:
+        """Returns when the model is loaded. Raises ConfigError with what the engine said."""
+        self._process = process = await asyncio.create_subprocess_exec(
+            *self._command,
+            self._address,
+            stdin=asyncio.subprocess.PIPE,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        )
+        assert process.stdin is not None  # asked for with PIPE; its end tells the engine to end
+        process.stdin.write(msgspec.json.encode(self._config, enc_hook=str) + b"\n")
+        ready = asyncio.create_task(self.client.connect())
+        died = asyncio.create_task(process.wait())
+        await asyncio.wait({ready, died}, return_when=asyncio.FIRST_COMPLETED)
+        if not ready.done():
+            # A last word may still be on its way.
+            await asyncio.wait({ready}, timeout=0.5)
+        try:
+            if not ready.done():
+                ready.cancel()
+                raise ConfigError(
+                    f"the engine's process ended with {_exit_words(died.result())} while loading; "
+                    "its own output above says why"
+                )
+            report = await ready
+        except ConfigError:
+            await self.stop()
+            raise
+        shutil.rmtree(self._directory, ignore_errors=True)
+        self._watch = asyncio.create_task(self._await_death())
+        return report
+
+    async def wait(self) -> str:
+        """Until the engine's process is gone; returns how it went."""
+        if self._process is None:
+            raise ConfigError("the engine's process was not started")
+        code = await self._process.wait()
+        return f"the engine's process ended with {_exit_words(code)}"
+
+    async def stop(self) -> None:
+        """Ends the engine, by force if it must."""
+        if self._watch is not None:
+            self._watch.cancel()
+        await self.client.close()
+        process = self._process
+        if process is not None and process.returncode is None:
+            if process.stdin is not None:
+                process.stdin.close()
+            try:
+                await asyncio.wait_for(process.wait(), STOP_S)
+            except TimeoutError:
+                process.kill()
+                await process.wait()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    async def _await_death(self) -> None:
+        self.client.bury(await self.wait())
+
+
+def _exit_words(code: int) -> str:
+    return f"signal {-code}" if code < 0 else f"exit code {code}"

@@ -1,0 +1,101 @@
+"""A whole server in the test's process: real gRPC on loopback, real sockets to a stub engine."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+
+from tests.service.stub_engine import EngineThread, StubEngine
+from zllm.clients.aio import AsyncClient
+from zllm.runtime.chat_template import load_chat_template
+from zllm.runtime.embedded import EMBEDDED_MODEL
+from zllm.runtime.tokenizer import load_tokenizer
+from zllm.service.config import ServerConfig
+from zllm.service.engine_client import EngineClient
+from zllm.service.served_model import ServedModel
+from zllm.service.server import Server
+from zllm.v1 import admin_pb2, admin_pb2_grpc
+
+
+@dataclass
+class Harness:
+    engine: StubEngine
+    engine_client: EngineClient
+    server: Server
+    client: AsyncClient
+    channel: grpc.aio.Channel
+    admin: admin_pb2_grpc.AdminServiceStub
+
+    @property
+    def target(self) -> str:
+        return f"127.0.0.1:{self.server.port}"
+
+    async def load(self) -> admin_pb2.Load:
+        answer = await self.admin.GetLoad(admin_pb2.GetLoadRequest())
+        return answer.loads[0]
+
+    async def until(self, met: Callable[[admin_pb2.Load], bool], what: str) -> admin_pb2.Load:
+        """Waits until the load is as `met` says; fails saying `what` never came."""
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            load = await self.load()
+            if met(load):
+                return load
+            await asyncio.sleep(0.01)
+        raise AssertionError(f"{what}: {load}")
+
+    async def until_idle(self) -> None:
+        """Every block is back and nothing runs or waits, in the engine and in the service."""
+        await self.until(
+            lambda load: (
+                load.kv_blocks_free == load.kv_blocks_total > 0
+                and load.running_requests == load.queued_requests == 0
+            ),
+            "blocks or requests never came back",
+        )
+        assert self.engine_client.live_streams == 0
+
+
+@asynccontextmanager
+async def running(
+    engine: StubEngine | None = None, config: ServerConfig | None = None, timeout: float = 10.0
+) -> AsyncIterator[Harness]:
+    engine = engine or StubEngine()
+    config = config or ServerConfig(port=0, admin_port=0)
+    with tempfile.TemporaryDirectory() as folder:
+        thread = EngineThread(engine, f"ipc://{folder}/engine.sock")
+        client = EngineClient(thread.address, timeout=timeout)
+        ready = await client.connect()
+        model = ServedModel(
+            name="stub",
+            card=ready.card,
+            tokenizer=load_tokenizer(EMBEDDED_MODEL),
+            chat_template=load_chat_template(EMBEDDED_MODEL),
+            engine=client,
+            max_context_tokens=ready.max_model_len,
+        )
+        server = Server(config, [model], version="test")
+        await server.start()
+        channel = grpc.aio.insecure_channel(f"127.0.0.1:{server.port}")
+        admin_channel = grpc.aio.insecure_channel(f"127.0.0.1:{server.admin_port}")
+        try:
+            async with AsyncClient(f"127.0.0.1:{server.port}", attempts=1) as aio_client:
+                admin = admin_pb2_grpc.AdminServiceStub(admin_channel)
+                yield Harness(engine, client, server, aio_client, channel, admin)
+        finally:
+            await channel.close()
+            await admin_channel.close()
+            await server.stop(0.0)
+            await client.close()
+            thread.join()
+
+
+def folder_of(name: str) -> Path:
+    return Path(__file__).parent / name

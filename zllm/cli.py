@@ -1,0 +1,182 @@
+"""The `zllm` command. Each subcommand imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import zllm
+from zllm.errors import ConfigError, RequestError, ZllmError
+
+DEFAULT_TARGET = "127.0.0.1:50051"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0; 1 for a failure that says why; 2 for wrong usage."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    try:
+        return int(arguments.run(arguments))
+    except (ZllmError, TimeoutError) as error:
+        print(f"zllm: {error}", file=sys.stderr)
+        return 1
+    except (KeyboardInterrupt, BrokenPipeError):
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="zllm", description="an LLM inference server over gRPC")
+    parser.add_argument("--version", action="version", version=zllm.__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_serve(commands)
+    _add_generate(commands)
+    _add_chat(commands)
+    _add_bench(commands)
+    demo = commands.add_parser("demo", help="start the embedded model and watch it answer")
+    demo.set_defaults(run=_demo)
+    doctor = commands.add_parser("doctor", help="check this machine's GPU, drivers and kernels")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from zllm.flags import add_flags
+    from zllm.runtime.config import EngineConfig
+    from zllm.service.config import ServerConfig
+
+    serve = commands.add_parser(
+        "serve",
+        help="serve a model",
+        description="Serve a model. Every flag may also be set as ZLLM_… in the environment or in "
+        "a YAML file; the flag wins over the environment, and that over the file.",
+    )
+    serve.add_argument(
+        "model", nargs="?", help="a folder or a hub id; left out, the embedded model is served"
+    )
+    add_flags(serve, ServerConfig, EngineConfig)
+    serve.set_defaults(run=_serve)
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from zllm.flags import build, merge
+    from zllm.runtime.config import EngineConfig
+    from zllm.runtime.embedded import EMBEDDED_MODEL
+    from zllm.runtime.hub import resolve_model
+    from zllm.service import serve
+    from zllm.service.config import ServerConfig
+
+    given = {name: value for name, value in vars(arguments).items() if value is not None}
+    configs = (ServerConfig, EngineConfig)
+    settings = merge(given, os.environ, arguments.config, configs, extra=["model"])
+    model = settings.pop("model", "")
+    server = build(ServerConfig, settings)
+    name = settings.pop("served_model_name", "") or _model_name(model)
+    folder = resolve_model(model) if model else EMBEDDED_MODEL
+    engine = build(EngineConfig, settings, model=folder, served_model_name=name)
+    return serve.run(server, engine, version=zllm.__version__)
+
+
+def _model_name(model: str) -> str:
+    """What requests call it: a folder's own name, a hub id as it is."""
+    if not model:
+        return "tiny"
+    return Path(model).resolve().name if Path(model).exists() else model
+
+
+def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    generate = commands.add_parser("generate", help="stream one answer from a server")
+    generate.add_argument("prompt", help="the text to go on with; - reads it from stdin")
+    _add_sampling(generate)
+    generate.set_defaults(run=_generate)
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from zllm.clients.client import Client
+
+    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    with Client(arguments.target) as client:
+        for delta in client.stream(prompt, **_sampling(arguments)):
+            print(delta.text, end="", flush=True)
+    print()
+    return 0
+
+
+def _add_chat(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    chat = commands.add_parser("chat", help="talk with a model of a server")
+    chat.add_argument("--system", default="", help="the system message")
+    _add_sampling(chat)
+    chat.set_defaults(run=_chat)
+
+
+def _chat(arguments: argparse.Namespace) -> int:
+    from zllm.clients.client import Client
+
+    messages = [{"role": "system", "content": arguments.system}] if arguments.system else []
+    with Client(arguments.target) as client:
+        while True:
+            try:
+                turn = input("> " if sys.stdin.isatty() else "")
+            except EOFError:
+                return 0
+            if not turn.strip():
+                continue
+            messages.append({"role": "user", "content": turn})
+            try:
+                answer = []
+                for delta in client.chat(messages, **_sampling(arguments)):
+                    answer.append(delta.text)
+                    print(delta.text, end="", flush=True)
+                print()
+            except RequestError as error:
+                # The conversation goes on without the turn that the server refused.
+                print(f"zllm: {error}", file=sys.stderr)
+                messages.pop()
+                continue
+            messages.append({"role": "assistant", "content": "".join(answer)})
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--target", default=DEFAULT_TARGET, help=f"default: {DEFAULT_TARGET}")
+    parser.add_argument("--model", help="default: the server's first")
+    parser.add_argument("--max-tokens", type=int, help="default: to the end of the context")
+    parser.add_argument("--temperature", type=float, help="0 is greedy; default: the model's")
+    parser.add_argument("--top-p", type=float)
+    parser.add_argument("--top-k", type=int)
+    parser.add_argument("--min-p", type=float)
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--stop", action="append", metavar="TEXT", help="may be given repeatedly")
+
+
+def _sampling(arguments: argparse.Namespace) -> dict[str, object]:
+    names = ("model", "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop")
+    return {n: getattr(arguments, n) for n in names if getattr(arguments, n) is not None}
+
+
+def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from zllm.clients.bench import add_arguments
+
+    bench = commands.add_parser("bench", help="load a server and measure its latencies")
+    add_arguments(bench)
+    bench.set_defaults(run=_bench)
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from zllm.clients.bench import main as bench
+
+    return bench(arguments)
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from zllm.demo import main as demo
+
+    return demo()
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    if importlib.util.find_spec("zllm.cuda.doctor") is None:
+        raise ConfigError("this build of zllm has no GPU checks (zllm.cuda.doctor)")
+    return int(importlib.import_module("zllm.cuda.doctor").main())

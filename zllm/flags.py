@@ -1,0 +1,192 @@
+"""Settings from the command line, the environment and a YAML file, for any config dataclass.
+
+A field `max_model_len` is the flag `--max-model-len`, the variable `ZLLM_MAX_MODEL_LEN` and the
+file's key `max-model-len` (or with underscores). The first that names it wins, in that order; the
+dataclass's default comes last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from zllm.errors import ConfigError
+
+ENV_PREFIX = "ZLLM_"
+Config = TypeVar("Config")
+
+HELP = {
+    "served_model_name": "the name that requests use; default: the folder's or hub id's",
+    "device": "where the model runs; auto takes a GPU where there is one",
+    "dtype": "type of weights and activations; auto takes the model's own",
+    "kv_cache_dtype": "type of the KV cache; auto takes the activations'",
+    "max_model_len": "context in tokens; default: the model's own",
+    "max_num_seqs": "sequences that run at once, at most",
+    "max_num_batched_tokens": "tokens of one step, at most; default: 2048 on a CPU, 8192 on a GPU",
+    "num_kv_blocks": "fix the KV pool's size, in blocks of 16 tokens",
+    "gpu_memory_utilization": "share of the GPU's memory to use, in (0, 1]",
+    "swap_space_gib": "pinned host memory for swapped-out sequences, in GiB",
+    "enable_prefix_caching": "reuse the KV of prompts' common beginnings",
+    "scheduling_policy": "which queued request starts next",
+    "max_queued_requests": "requests that may wait, at most",
+    "max_queued_tokens": "prompt tokens that may wait, at most",
+    "enforce_eager": "never capture CUDA graphs",
+    "seed": "seed of what the engine draws for itself",
+    "load_format": "dummy draws random weights, for speed measurements",
+    "host": "address to listen on",
+    "port": "port to listen on; 0 takes a free one",
+    "admin_host": "address of the operators' listener",
+    "admin_port": "port of the operators' listener; 0 takes a free one",
+    "reflection": "answer gRPC reflection; default: only on loopback",
+    "max_message_bytes": "size of a request, at most",
+    "queue_timeout": "seconds a request may wait to start; 0: for ever",
+    "shutdown_grace": "seconds that running requests get to finish after SIGTERM",
+    "engine_timeout": "seconds of the engine's silence after which its requests fail",
+}
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One field of a config: its names, and how a string becomes its value."""
+
+    name: str
+    kind: type
+    choices: tuple[str, ...] = ()
+    optional: bool = False
+
+    @property
+    def option(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def variable(self) -> str:
+        return ENV_PREFIX + self.name.upper()
+
+    def read(self, value: Any, source: str) -> Any:
+        """A value of the environment or the file, as the field's type. Raises ConfigError."""
+        if value is None and self.optional:
+            return None
+        try:
+            converted = _to_bool(value) if self.kind is bool else self.kind(value)
+        except (TypeError, ValueError):
+            raise ConfigError(f"{source} is {value!r}: it must be {self._wanted}") from None
+        if self.choices and converted not in self.choices:
+            raise ConfigError(f"{source} is {value!r}: it must be one of {', '.join(self.choices)}")
+        return converted
+
+    @property
+    def _wanted(self) -> str:
+        words = {bool: "true or false", int: "a whole number", float: "a number"}
+        return words.get(self.kind, "text")
+
+
+def flags_of(*configs: type) -> list[Flag]:
+    """The flags of these dataclasses, in their fields' order. Paths are arguments, not flags."""
+    found = []
+    for config in configs:
+        hints = typing.get_type_hints(config)
+        for field in fields(config):
+            flag = _flag(field.name, hints[field.name])
+            if flag.kind is not Path:
+                found.append(flag)
+    return found
+
+
+def add_flags(parser: argparse.ArgumentParser, *configs: type) -> None:
+    """Every flag, absent from the namespace unless given, and `--config FILE`."""
+    parser.add_argument("--config", type=Path, metavar="FILE", help="a YAML file of these settings")
+    for config in configs:
+        group = parser.add_argument_group(config.__name__)
+        for flag in flags_of(config):
+            if flag.kind is bool:
+                group.add_argument(
+                    flag.option,
+                    action=argparse.BooleanOptionalAction,
+                    default=argparse.SUPPRESS,
+                    help=HELP[flag.name],
+                )
+            else:
+                group.add_argument(
+                    flag.option,
+                    type=flag.kind,
+                    choices=flag.choices or None,
+                    default=argparse.SUPPRESS,
+                    help=HELP[flag.name],
+                )
+
+
+def merge(
+    given: Mapping[str, Any],
+    environment: Mapping[str, str],
+    file: Path | None,
+    configs: Sequence[type],
+    extra: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Every setting that any source names. `extra` are further names that sources may set."""
+    known = {flag.name: flag for flag in flags_of(*configs)}
+    known |= {name: Flag(name, str) for name in extra}
+    merged: dict[str, Any] = {}
+    if file is not None:
+        for key, value in _read_file(file).items():
+            name = str(key).replace("-", "_")
+            if name not in known:
+                raise ConfigError(f"{file}: {key!r} is no setting{_did_you_mean(name, known)}")
+            merged[name] = known[name].read(value, f"{file}: {key}")
+    for name, flag in known.items():
+        if flag.variable in environment:
+            merged[name] = flag.read(environment[flag.variable], flag.variable)
+    merged |= {name: value for name, value in given.items() if name in known}
+    return merged
+
+
+def build(config: type[Config], settings: Mapping[str, Any], **fixed: Any) -> Config:
+    """The dataclass with those of the settings that are its fields."""
+    names = {field.name for field in fields(config)}  # type: ignore[arg-type]
+    return config(**{k: v for k, v in settings.items() if k in names} | fixed)
+
+
+def _flag(name: str, hint: Any) -> Flag:
+    options = [hint]
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        options = [part for part in typing.get_args(hint) if part is not type(None)]
+    inner = options[0]
+    optional = inner is not hint
+    if typing.get_origin(inner) is Literal:
+        return Flag(name, str, typing.get_args(inner), optional)
+    return Flag(name, inner, (), optional)
+
+
+def _to_bool(value: Any) -> bool:
+    words = {"1": True, "true": True, "yes": True, "on": True}
+    words |= {"0": False, "false": False, "no": False, "off": False}
+    try:
+        return words[str(value).lower()]
+    except KeyError:
+        raise ValueError(value) from None
+
+
+def _read_file(file: Path) -> dict[Any, Any]:
+    try:
+        content = yaml.safe_load(file.read_text())
+    except OSError as error:
+        raise ConfigError(f"--config {file}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {file}: it is not YAML: {error}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"--config {file}: it must hold `setting: value` lines")
+    return content
+
+
+def _did_you_mean(name: str, known: Mapping[str, Flag]) -> str:
+    close = get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
