@@ -87,9 +87,7 @@ def device_arch(device: int | None = None) -> str:
     import torch
 
     if not torch.cuda.is_available():
-        raise KernelError(
-            "no GPU that torch can use: `zllm doctor` says what is missing"
-        )
+        raise KernelError("no GPU that torch can use: `zllm doctor` says what is missing")
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         raise KernelError(
@@ -124,9 +122,7 @@ class Compiler:
         self._nvrtc = load_nvrtc()
         self._lock = threading.Lock()
 
-    def compile(
-        self, source: str, defines: Mapping[str, str | int] | None = None
-    ) -> bytes:
+    def compile(self, source: str, defines: Mapping[str, str | int] | None = None) -> bytes:
         """The cubin of `kernels/source`; KernelError with NVRTC's log (file and line) if none."""
         path = self.root / "kernels" / source
         try:
@@ -134,9 +130,7 @@ class Compiler:
         except OSError as error:
             raise KernelError(f"source: {source} cannot be read: {error}") from error
         options = [f"--gpu-architecture={self.arch}", *_OPTIONS]
-        options += [
-            f"-D{name}={value}" for name, value in sorted((defines or {}).items())
-        ]
+        options += [f"-D{name}={value}" for name, value in sorted((defines or {}).items())]
         key = self._key(text, options)
         cubin = self._load(key)
         if cubin is None:
@@ -153,9 +147,7 @@ class Compiler:
         """Bring all programs into the cache, several at a time: NVRTC runs without the GIL."""
         todo = list(programs)
         with ThreadPoolExecutor(workers or min(16, os.cpu_count() or 1)) as pool:
-            futures = {
-                pool.submit(self.compile, p.source, p.defines): p.source for p in todo
-            }
+            futures = {pool.submit(self.compile, p.source, p.defines): p.source for p in todo}
             for done, future in enumerate(as_completed(futures), 1):
                 future.result()
                 if progress is not None:
@@ -193,9 +185,7 @@ class Compiler:
             return
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(
-                dir=file.parent, delete=False
-            ) as temporary:
+            with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as temporary:
                 temporary.write(hashlib.sha256(cubin).digest() + cubin)
             os.replace(temporary.name, file)
         except OSError as error:
@@ -214,9 +204,7 @@ class Compiler:
         folders = (self.root / "include", find_headers())
         arguments = [option.encode() for option in options]
         arguments += [f"--include-path={folder}".encode() for folder in folders]
-        status, program = nvrtc.nvrtcCreateProgram(
-            text.encode(), name.encode(), 0, [], []
-        )
+        status, program = nvrtc.nvrtcCreateProgram(text.encode(), name.encode(), 0, [], [])
         self._check(status, f"{name}: no program")
         try:
             (status,) = nvrtc.nvrtcCompileProgram(program, len(arguments), arguments)
@@ -225,9 +213,7 @@ class Compiler:
                 log = bytearray(size)
                 nvrtc.nvrtcGetProgramLog(program, log)
                 message = log.rstrip(b"\0\n").decode(errors="replace")
-                raise KernelError(
-                    f"{name} does not compile for {self.arch}:\n{message}"
-                )
+                raise KernelError(f"{name} does not compile for {self.arch}:\n{message}")
             status, size = nvrtc.nvrtcGetCUBINSize(program)
             self._check(status, f"{name}: no cubin")
             cubin = bytearray(size)
@@ -240,6 +226,4 @@ class Compiler:
 
     def _check(self, status: int, what: str) -> None:
         if status != self._nvrtc.nvrtcResult.NVRTC_SUCCESS:
-            raise KernelError(
-                f"{what}: NVRTC says {self._nvrtc.nvrtcGetErrorString(status)[1]!r}"
-            )
+            raise KernelError(f"{what}: NVRTC says {self._nvrtc.nvrtcGetErrorString(status)[1]!r}")

@@ -63,9 +63,7 @@ def _format_of(kind: type, value: Any) -> tuple[str, Callable[[Any], Any]]:
         size = ctypes.sizeof(kind)
         return f"{size}s{8 - size}x", bytes
     if kind.__name__ == "CUtensorMap":
-        return f"{_TENSOR_MAP_BYTES}s", lambda m: ctypes.string_at(
-            m.getPtr(), _TENSOR_MAP_BYTES
-        )
+        return f"{_TENSOR_MAP_BYTES}s", lambda m: ctypes.string_at(m.getPtr(), _TENSOR_MAP_BYTES)
     raise KernelError(f"a kernel argument of type {kind.__name__}")
 
 
@@ -84,9 +82,7 @@ class _Layout:
         self.pack_into = struct.Struct("<" + "".join(formats)).pack_into
         self.buffer = ctypes.create_string_buffer(max(offset, 8))
         base = ctypes.addressof(self.buffer)
-        self._pointers = (ctypes.c_void_p * max(len(offsets), 1))(
-            *(base + o for o in offsets)
-        )
+        self._pointers = (ctypes.c_void_p * max(len(offsets), 1))(*(base + o for o in offsets))
         self.address = ctypes.addressof(self._pointers)
 
 
@@ -99,9 +95,7 @@ class Kernel:
         torch.cuda.init()
         with torch.cuda.device(device):
             torch.cuda.current_stream().synchronize()  # makes the primary context current
-            status, self._library = driver.cuLibraryLoadData(
-                cubin, [], [], 0, [], [], 0
-            )
+            status, self._library = driver.cuLibraryLoadData(cubin, [], [], 0, [], [], 0)
             _check(status, f"{function}: the cubin does not load")
             status, kernel = driver.cuLibraryGetKernel(self._library, function.encode())
             _check(status, f"{function}: not in the cubin")
@@ -141,9 +135,7 @@ class Kernel:
                 *[read(a) for read, a in zip(layout.readers, args, strict=True)],
             )
         except struct.error as error:
-            raise KernelError(
-                f"{self.function}: an argument does not fit: {error}"
-            ) from error
+            raise KernelError(f"{self.function}: an argument does not fit: {error}") from error
         config = self._configs.get((pdl, cooperative)) or self._config(pdl, cooperative)
         config.gridDimX, config.gridDimY, config.gridDimZ = grid
         config.blockDimX, config.blockDimY, config.blockDimZ = block
@@ -164,9 +156,7 @@ class Kernel:
         return int(value)
 
     def _allow_shared(self, shared_bytes: int) -> None:
-        which = (
-            driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        )
+        which = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         (status,) = driver.cuFuncSetAttribute(self._handle, which, shared_bytes)
         _check(status, f"{self.function}: {shared_bytes} bytes of shared memory")
         self._max_shared = shared_bytes
@@ -192,9 +182,7 @@ class Kernel:
 class KernelLibrary:
     """The kernels of one device, compiled and loaded when first asked for."""
 
-    def __init__(
-        self, compiler: Compiler | None = None, device: int | None = None
-    ) -> None:
+    def __init__(self, compiler: Compiler | None = None, device: int | None = None) -> None:
         self.device = torch.cuda.current_device() if device is None else device
         self.compiler = compiler or Compiler()
         properties = torch.cuda.get_device_properties(self.device)
@@ -206,7 +194,7 @@ class KernelLibrary:
     def get(
         self, source: str, function: str, defines: Mapping[str, str | int] | None = None
     ) -> Kernel:
-        """`function` of `kernels/source`, compiled with the macros `defines`."""
+        """`function` of `kernels/source`, compiled with the macros `defines` when first asked."""
         key = (source, function, tuple(sorted((defines or {}).items())))
         kernel = self._kernels.get(key)
         if kernel is None:
@@ -214,8 +202,6 @@ class KernelLibrary:
             kernel = self._kernels[key] = Kernel(cubin, function, self.device)
         return kernel
 
-    def prepare(
-        self, programs: Iterable[Program], progress: Progress | None = None
-    ) -> None:
+    def prepare(self, programs: Iterable[Program], progress: Progress | None = None) -> None:
         """Compile several programs at once, so that `get` finds them on disk."""
         self.compiler.compile_many(programs, progress)

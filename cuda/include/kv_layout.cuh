@@ -7,8 +7,9 @@
 //
 // This is the 128-byte swizzle of wgmma and TMA, so a contiguous bulk copy into shared memory
 // (aligned to 1,024 bytes) lands the tile ready for wgmma and, without bank conflicts, for
-// ldmatrix. Where a row is not a multiple of 128 bytes the last column is 64 bytes wide and has
-// the 64-byte swizzle: chunk ^ (row / 2 % 4). Row sizes are multiples of 64 bytes.
+// ldmatrix. What a row has left over fills a column of 64 bytes with the 64-byte swizzle,
+// chunk ^ (row / 2 % 4), and then one of 32 bytes with the 32-byte swizzle, chunk ^ (row / 4 % 2).
+// Row sizes are multiples of 32 bytes.
 //
 // `zllm.cuda.rope_cache.permute_cache` states the same for tests.
 #pragma once
@@ -19,12 +20,17 @@ constexpr int kBlockTokens = 16;
 
 // Byte offset of the 16-byte chunk `chunk` (of RowBytes / 16) of row `row`, within the run.
 template <int RowBytes> __host__ __device__ __forceinline__ constexpr int offset(int row, int chunk) {
-  static_assert(RowBytes % 64 == 0, "a row must be a multiple of 64 bytes");
-  constexpr int kWide = RowBytes / 128;  // columns of 128 bytes
+  static_assert(RowBytes % 32 == 0, "a row must be a multiple of 32 bytes");
+  constexpr int kWide = RowBytes / 128;       // columns of 128 bytes
+  constexpr int kMiddle = RowBytes / 64 % 2;  // then one of 64 bytes, then one of 32
+  constexpr int kAfterWide = kWide * kBlockTokens * 128;
   const int column = chunk / 8;
   if (column < kWide)
     return column * (kBlockTokens * 128) + row * 128 + (((chunk & 7) ^ (row & 7)) << 4);
-  return kWide * (kBlockTokens * 128) + row * 64 + (((chunk & 3) ^ ((row >> 1) & 3)) << 4);
+  if (kMiddle == 1 && (chunk & 7) < 4)
+    return kAfterWide + row * 64 + (((chunk & 3) ^ ((row >> 1) & 3)) << 4);
+  return kAfterWide + kMiddle * kBlockTokens * 64 + row * 32 +
+         (((chunk & 1) ^ ((row >> 2) & 1)) << 4);
 }
 
 template <int RowBytes> constexpr int run_bytes() { return kBlockTokens * RowBytes; }

@@ -1,0 +1,247 @@
+// Samples one token a row: greedy, or Gumbel-max (argmax of logit / T + noise) over the tokens
+// that top-k, top-p and min-p allow.
+//
+// `scan_logits` reads each row once, in `splits` slices, for its best token, its normalizer, the
+// best noisy token where nothing is filtered, and the largest logit of each chunk of 64.
+// `choose_tokens` cuts filtered rows: the chunks' largest bound the cut, so that in nearly every
+// row only a few chunks are read again. Filters compose as min-p, then top-k, then top-p, each on
+// what the one before left; tokens of equal logit are allowed or not together.
+//
+// A row whose logits hold NaN or +inf, or nothing but -inf, gives token -1.
+#include "sampling.cuh"
+#include "threshold.cuh"
+
+constexpr int kScanThreads = 256;
+constexpr int kChooseThreads = 512;
+constexpr int kListed = 4096;  // tokens that shared memory holds; more are read from the row
+
+struct Partial {
+  u64 best;    // packed (logit, id)
+  u64 sample;  // packed (logit / T + noise, id); where nothing is filtered
+  float weight;  // sum of exp((logit - slice's best) / T); where top-p needs it
+  int bad;       // a NaN or +inf
+};
+
+template <bool Greedy, bool Filtered>
+__device__ __forceinline__ Partial scan_slice(const SCALAR* row, int begin, int end,
+                                              const Params& params, float* chunk_max) {
+  constexpr int kDepth = 4;  // loads in flight
+  constexpr int kLanes = kChunk / kVec;
+  const float inverse = Greedy ? 0.f : 1.f / params.temperature;
+  const float scale = inverse * 1.4426950408889634f;
+  const bool weigh = Filtered && params.limits_mass();
+  float best = -kInfinity, sample = -kInfinity, weight = 0.f;
+  int best_id = begin, sample_id = begin;
+  bool bad = false;
+  for (int base = begin; base < end; base += kDepth * kScanThreads * kVec) {
+    float x[kDepth][kVec];
+#pragma unroll
+    for (int d = 0; d < kDepth; ++d) {
+      const int id = base + (d * kScanThreads + threadIdx.x) * kVec;
+      if (id < end) {
+        load_logits(row, id, x[d]);
+      } else {
+#pragma unroll
+        for (int j = 0; j < kVec; ++j) x[d][j] = -kInfinity;
+      }
+    }
+#pragma unroll
+    for (int d = 0; d < kDepth; ++d) {
+      const int id = base + (d * kScanThreads + threadIdx.x) * kVec;
+      float top = x[d][0];
+#pragma unroll
+      for (int j = 0; j < kVec; ++j) {
+        bad |= !(x[d][j] < kInfinity);
+        top = fmaxf(top, x[d][j]);
+      }
+      if (Filtered) {
+        float chunk = top;
+#pragma unroll
+        for (int offset = kLanes / 2; offset > 0; offset >>= 1)
+          chunk = fmaxf(chunk, __shfl_xor_sync(0xffffffffu, chunk, offset));
+        if (threadIdx.x % kLanes == 0 && id < end) chunk_max[id / kChunk] = chunk;
+      }
+      if (top > best) {
+        if (weigh) weight *= exp2f((best - top) * scale);
+        best = top;
+#pragma unroll
+        for (int j = kVec - 1; j >= 0; --j)
+          if (x[d][j] == top) best_id = id + j;
+      }
+      if (weigh && best > -kInfinity) {
+#pragma unroll
+        for (int j = 0; j < kVec; ++j) weight += exp2f((x[d][j] - best) * scale);
+      }
+      // Noise is bounded, so that most vectors cannot win and need none.
+      if (!Greedy && !Filtered && id < end && top * inverse + kMaxNoise > sample) {
+#pragma unroll
+        for (int j = 0; j < kVec; j += 4) {
+          const uint4 bits = params.noise.bits((id + j) / 4);
+          const u32 random[4] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const float score = x[d][j + i] / params.temperature + gumbel(random[i]);
+            if (score > sample) {
+              sample = score;
+              sample_id = id + j + i;
+            }
+          }
+        }
+      }
+    }
+    // What one lane has reached is the bar for all of them.
+    if (!Greedy && !Filtered) {
+      const u64 reached = warp_max(pack(sample, sample_id));
+      sample = packed_value(reached);
+      sample_id = packed_id(reached);
+    }
+  }
+  return {pack(best, best_id), pack(sample, sample_id), weight, bad};
+}
+
+// Grid: (splits, S). logits [S, VOCAB]; partials [S, splits]; chunk_max [S, kChunks].
+extern "C" __global__ void __launch_bounds__(kScanThreads)
+scan_logits(Partial* partials, float* chunk_max, const SCALAR* __restrict__ logits,
+            const int* __restrict__ table, const int* __restrict__ sample_rows,
+            const int* __restrict__ sample_tokens, const int* __restrict__ positions) {
+  __shared__ u64 packed[kScanThreads / 32];
+  __shared__ float sums[kScanThreads / 32];
+  let_next_start();
+  wait_for_previous();
+  const int s = blockIdx.y, splits = gridDim.x;
+  const Params params(table + i64(sample_rows[s]) * PARAM_WORDS, positions[sample_tokens[s]] + 1);
+  const int share = (kChunks + splits - 1) / splits * kChunk;
+  const int begin = min(VOCAB, int(blockIdx.x) * share), end = min(VOCAB, begin + share);
+  const SCALAR* row = logits + i64(s) * VOCAB;
+  float* chunks = chunk_max + i64(s) * kChunks;
+  Partial mine;
+  if (params.greedy())
+    mine = scan_slice<true, false>(row, begin, end, params, chunks);
+  else if (params.filtered())
+    mine = scan_slice<false, true>(row, begin, end, params, chunks);
+  else
+    mine = scan_slice<false, false>(row, begin, end, params, chunks);
+  Partial all;
+  all.best = block_max<kScanThreads>(mine.best, packed);
+  all.sample = block_max<kScanThreads>(mine.sample, packed);
+  const float gap = packed_value(mine.best) - packed_value(all.best);  // NaN where both are -inf
+  const float weight = gap <= 0.f ? mine.weight * expf(gap / params.temperature) : 0.f;
+  all.weight = block_sum<kScanThreads>(mine.weight > 0.f ? weight : 0.f, sums);
+  all.bad = __syncthreads_or(mine.bad);
+  if (threadIdx.x == 0) partials[i64(s) * splits + blockIdx.x] = all;
+}
+
+struct Shared {
+  Histogram<kChooseThreads> histogram;
+  uint2 list[kListed];
+  int listed;
+  u64 packed[kChooseThreads / 32];
+  Partial row;
+};
+
+// The token of a filtered row; all threads get it.
+__device__ __forceinline__ int choose_filtered(Shared& shared, const SCALAR* row,
+                                               const float* chunk_max, const Params& params) {
+  auto& histogram = shared.histogram;
+  const float best = packed_value(shared.row.best), inverse = 1.f / params.temperature;
+  const bool by_count = params.limits_count(), by_weight = params.limits_mass();
+  const bool by_share = params.min_p > 0.f;
+  const u32 cut = by_share ? distance(0.f, logf(fminf(params.min_p, 1.f)), 1.f) : 0xffffffffu;
+
+  // A bound: k chunks reach it, so k tokens do; likewise for weight, where top-p is of the whole.
+  u32 last_bin = cut >> kDigitShift;
+  if (by_count || (by_weight && !by_share)) {
+    histogram.clear();
+    for (int c = threadIdx.x; c < kChunks; c += kChooseThreads)
+      histogram.add(distance(best, chunk_max[c], inverse));
+    const float target = by_count ? float(params.top_k) : params.top_p * shared.row.weight * 1.0001f;
+    const Crossing at = histogram.find(!by_count, target, 0, 0.f, 0, kDigitShift);
+    if (at.found) last_bin = min(last_bin, at.bin);
+  }
+
+  Tokens<kChooseThreads> tokens{row, chunk_max, best, inverse, last_bin, cut, nullptr, 0};
+  if (threadIdx.x == 0) shared.listed = 0;
+  __syncthreads();
+  if (last_bin < kLastBin) {
+    tokens.visit([&](u32 q, int id) {
+      const int at = atomicAdd(&shared.listed, 1);
+      if (at < kListed) shared.list[at] = make_uint2(q, u32(id));
+    });
+    __syncthreads();
+    if (shared.listed <= kListed) {
+      tokens.list = shared.list;
+      tokens.count = shared.listed;
+    }
+  }
+
+  float weight = shared.row.weight;
+  if (by_count || (by_weight && by_share)) {
+    const Cut found = find_cut(histogram, tokens, false, by_count ? params.top_k : kInfinity);
+    tokens.cut = min(cut, found.q);
+    weight = found.weight;
+  }
+  if (by_weight) {
+    const Cut found = find_cut(histogram, tokens, true, params.top_p * weight);
+    tokens.cut = min(tokens.cut, found.q);
+  }
+  u64 sample = 0;
+  tokens.visit([&](u32, int id) {
+    const float scaled = to_float(row[id]) / params.temperature;
+    if (sample != 0 && scaled + kMaxNoise < packed_value(sample)) return;
+    const u64 mine = pack(scaled + params.noise(id), id);
+    sample = mine > sample ? mine : sample;
+  });
+  return packed_id(block_max<kChooseThreads>(sample, shared.packed));
+}
+
+// Grid: S. tokens [S]; last_token [rows + 1]; counts [rows + 1, VOCAB] or null: its low 15 bits
+// count the tokens that a row has sampled.
+extern "C" __global__ void __launch_bounds__(kChooseThreads)
+choose_tokens(int* tokens, int* last_token, u16* counts, const Partial* __restrict__ partials,
+              const float* chunk_max, const SCALAR* logits, const int* __restrict__ table,
+              const int* __restrict__ sample_rows, const int* __restrict__ sample_tokens,
+              const int* __restrict__ positions, int splits) {
+  extern __shared__ __align__(16) char memory[];
+  Shared& shared = *reinterpret_cast<Shared*>(memory);
+  let_next_start();
+  wait_for_previous();
+  const int s = blockIdx.x, device_row = sample_rows[s];
+  const Params params(table + i64(device_row) * PARAM_WORDS, positions[sample_tokens[s]] + 1);
+  if (threadIdx.x < 32) {
+    Partial all = {0, 0, 0.f, 0};
+    for (int i = threadIdx.x; i < splits; i += 32) {
+      const Partial p = partials[i64(s) * splits + i];
+      all.best = p.best > all.best ? p.best : all.best;
+      all.sample = p.sample > all.sample ? p.sample : all.sample;
+      all.bad |= p.bad;
+    }
+    all.best = warp_max(all.best);
+    all.sample = warp_max(all.sample);
+    all.bad = __any_sync(0xffffffffu, all.bad);
+    for (int i = threadIdx.x; i < splits; i += 32) {
+      const Partial p = partials[i64(s) * splits + i];
+      const float gap = packed_value(p.best) - packed_value(all.best);
+      if (p.weight > 0.f) all.weight += p.weight * expf(gap / params.temperature);
+    }
+    all.weight = warp_sum(all.weight);
+    if (threadIdx.x == 0) shared.row = all;
+  }
+  __syncthreads();
+  int token;
+  if (shared.row.bad || packed_value(shared.row.best) == -kInfinity)
+    token = -1;
+  else if (params.greedy())
+    token = packed_id(shared.row.best);
+  else if (!params.filtered())
+    token = packed_id(shared.row.sample);
+  else
+    token = choose_filtered(shared, logits + i64(s) * VOCAB, chunk_max + i64(s) * kChunks, params);
+  if (threadIdx.x == 0) {
+    tokens[s] = token;
+    last_token[device_row] = token;
+    if (counts != nullptr && token >= 0) {
+      u16& count = counts[i64(device_row) * VOCAB + token];
+      if ((count & 0x7fff) < 0x7fff) ++count;
+    }
+  }
+}

@@ -1,0 +1,159 @@
+"""Split, QK-norm, RoPE and the write to the paged cache, in one pass (kernels/rope_cache.cu)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from zllm.cuda.checks import FLOATS, INT, SCALARS, require, require_vectors
+from zllm.cuda.compiler import Program
+from zllm.cuda.launcher import Int64, KernelLibrary
+from zllm.errors import KernelError
+
+BLOCK_TOKENS = 16
+_CACHES = (*FLOATS, torch.float8_e4m3fn)
+_THREADS = 256
+
+
+def program(
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    qk_norm: bool,
+) -> Program:
+    return Program(
+        "rope_cache.cu",
+        {
+            "SCALAR": SCALARS[dtype],
+            "CACHE": SCALARS[cache_dtype],
+            "HEADS": num_heads,
+            "KV_HEADS": num_kv_heads,
+            "HEAD_DIM": head_dim,
+            "QK_NORM": int(qk_norm),
+            "THREADS": _THREADS,
+        },
+    )
+
+
+def rope_cache(
+    kernels: KernelLibrary,
+    qkv: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    cos_sin: Tensor,
+    *,
+    num_heads: int,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    eps: float = 1e-6,
+    out: Tensor | None = None,
+) -> Tensor:
+    """[P, (Hq + 2 Hkv) * D] -> q [P, Hq, D]; keys and values [blocks, Hkv, 16, D] get the rest.
+
+    positions, slots: int32 [P]. cos_sin: float32 [max_len, D], D/2 cosines then D/2 sines.
+    q_norm, k_norm: [D] or both None. k_scale, v_scale: float32 [1] on the device, what is stored
+    is divided by them; None is 1. The cache's blocks may lie at any stride; its dtype is the
+    model's or a narrower one. The order inside a block is that of `permute_cache`.
+    """
+    device = kernels.device
+    tokens = qkv.shape[0]
+    if keys.dim() != 4 or keys.shape[2] != BLOCK_TOKENS:
+        raise KernelError(
+            f"keys has shape {list(keys.shape)}: it must be [blocks, Hkv, {BLOCK_TOKENS}, D]"
+        )
+    _, num_kv_heads, _, head_dim = keys.shape
+    width = (num_heads + 2 * num_kv_heads) * head_dim
+    require("qkv", qkv, FLOATS, (None, width), device)
+    require_vectors("qkv", qkv)
+    require("positions", positions, INT, (tokens,), device)
+    require("slots", slots, INT, (tokens,), device)
+    require("cos_sin", cos_sin, (torch.float32,), (None, head_dim), device)
+    if values.shape != keys.shape or values.stride() != keys.stride():
+        raise KernelError(
+            f"values has shape {list(values.shape)} and strides {list(values.stride())}: they "
+            f"must be those of keys, {list(keys.shape)} and {list(keys.stride())}"
+        )
+    for name, cache in (("keys", keys), ("values", values)):
+        require(f"{name}[0]", cache[0], _CACHES, tuple(keys.shape[1:]), device)
+        if cache.dtype != keys.dtype or cache.element_size() > qkv.element_size():
+            raise KernelError(f"{name} is {cache.dtype}: it must not be wider than {qkv.dtype}")
+    if head_dim * keys.element_size() % 32 or head_dim * qkv.element_size() % 32:
+        raise KernelError(f"keys has heads of {head_dim} {keys.dtype}: they must fill 32 bytes")
+    if (q_norm is None) != (k_norm is None):
+        raise KernelError("q_norm and k_norm: give both or neither")
+    for name, weight in (("q_norm", q_norm), ("k_norm", k_norm)):
+        if weight is not None:
+            require(name, weight, (qkv.dtype,), (head_dim,), device)
+            require_vectors(name, weight)
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if scale is not None:
+            require(name, scale, (torch.float32,), (1,), device)
+    if out is None:
+        out = qkv.new_empty(tokens, num_heads, head_dim)
+    else:
+        require("out", out, (qkv.dtype,), (tokens, num_heads, head_dim), device)
+    which = program(
+        qkv.dtype, keys.dtype, num_heads, num_kv_heads, head_dim, qk_norm=q_norm is not None
+    )
+    kernels.get(which.source, "rope_cache", which.defines).launch(
+        (tokens, 1, 1),
+        (_THREADS, 1, 1),
+        (
+            out,
+            keys,
+            values,
+            qkv,
+            positions,
+            slots,
+            cos_sin,
+            q_norm,
+            k_norm,
+            k_scale,
+            v_scale,
+            Int64(keys.stride(0)),
+            eps,
+        ),
+        pdl=kernels.pdl,
+    )
+    return out
+
+
+def permute_cache(runs: Tensor) -> Tensor:
+    """[..., 16, D] in token order -> the same shape in the order that the kernels store
+    (include/kv_layout.cuh)."""
+    out = torch.empty_like(runs, memory_format=torch.contiguous_format)
+    index = _order(runs.shape[-1] * runs.element_size(), runs.device)
+    chunks = _chunks(runs.contiguous())
+    _chunks(out)[..., index, :] = chunks
+    return out
+
+
+def unpermute_cache(runs: Tensor) -> Tensor:
+    """The inverse of `permute_cache`."""
+    index = _order(runs.shape[-1] * runs.element_size(), runs.device)
+    return _chunks(runs.contiguous())[..., index, :].view(runs.dtype).view(runs.shape)
+
+
+def _chunks(runs: Tensor) -> Tensor:
+    """[..., 16, D] -> [..., chunks, 16] bytes."""
+    return runs.view(torch.uint8).view(*runs.shape[:-2], -1, 16)
+
+
+def _order(row_bytes: int, device: torch.device) -> Tensor:
+    """Where each 16-byte chunk of a run, in token order, is stored."""
+    order = []
+    for row in range(BLOCK_TOKENS):
+        for chunk in range(row_bytes // 16):
+            start, width = chunk // 8 * 8, 8  # a column, and its width in chunks
+            if start + 8 > row_bytes // 16:
+                width = 4 if start + 4 <= row_bytes // 16 and chunk - start < 4 else 2
+                start = chunk // width * width
+            swizzle = row // (8 // width) % width
+            order.append(start * BLOCK_TOKENS + row * width + (chunk - start ^ swizzle))
+    return torch.tensor(order, device=device)

@@ -1,0 +1,213 @@
+"""Sampling on the device (kernels/sampler.cu, logits.cu and logprobs.cu).
+
+The position that keys a row's noise, and the length that min_tokens compares, is
+positions[sample_tokens] + 1: the length of the sequence so far.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from zllm.cuda.checks import INT, SCALARS, require
+from zllm.cuda.compiler import Program
+from zllm.cuda.launcher import KernelLibrary
+from zllm.errors import KernelError
+
+_FLOAT = (torch.float32,)
+_COUNTS = (torch.int16,)
+_CHUNK = 64
+_PARTIAL_BYTES = 24
+_MAX_SPLITS = 64
+_SHARED_BYTES = 2048 * 8 + 4096 * 8 + 1024
+_MAX_VOCAB = 1 << 18
+
+
+@dataclass(frozen=True, slots=True)
+class SampledRows:
+    """Which rows a step samples and where their parameters stand; int32 on the device."""
+
+    sample_rows: Tensor
+    """[S] device row of each."""
+    sample_tokens: Tensor
+    """[S] index of its last token in `positions`."""
+    positions: Tensor
+    """[P] position of each token of the step."""
+    params: Tensor
+    """[max_num_seqs + 1, PARAM_WORDS]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bias:
+    """What is added to the logits of a row's ids."""
+
+    ids: Tensor
+    """[max_num_seqs + 1, max_bias] int32."""
+    values: Tensor
+    """[max_num_seqs + 1, max_bias] float32."""
+    counts: Tensor
+    """[max_num_seqs + 1] int32: how many of them the row has."""
+
+
+def programs(dtype: torch.dtype, vocab: int, arena_macros: Mapping[str, int]) -> list[Program]:
+    """What Sampler launches, for parallel compilation. `arena_macros`: the arena's P_ numbers and
+    PARAM_WORDS."""
+    if not 0 < vocab < _MAX_VOCAB:
+        raise KernelError(f"vocab is {vocab}: at most {_MAX_VOCAB - 1} tokens can be sampled")
+    defines = {**arena_macros, "SCALAR": SCALARS[dtype], "VOCAB": vocab}
+    return [Program(name, defines) for name in ("sampler.cu", "logits.cu", "logprobs.cu")]
+
+
+class Sampler:
+    """The sampling kernels for one vocabulary, with their scratch for up to `max_rows` rows."""
+
+    def __init__(
+        self,
+        kernels: KernelLibrary,
+        arena_macros: Mapping[str, int],
+        dtype: torch.dtype,
+        vocab: int,
+        max_rows: int,
+    ) -> None:
+        """`dtype`: of the logits."""
+        sampler, logits, logprobs = programs(dtype, vocab, arena_macros)
+        self._scan = kernels.get(sampler.source, "scan_logits", sampler.defines)
+        self._choose = kernels.get(sampler.source, "choose_tokens", sampler.defines)
+        self._edit = kernels.get(logits.source, "edit_logits", logits.defines)
+        self._count = kernels.get(logits.source, "count_tokens", logits.defines)
+        self._logprobs = kernels.get(logprobs.source, "logprobs", logprobs.defines)
+        self._device = kernels.device
+        self._num_sms = kernels.num_sms
+        self._pdl = kernels.pdl
+        self._param_words = arena_macros["PARAM_WORDS"]
+        self.dtype = dtype
+        self.vocab = vocab
+        self.max_rows = max_rows
+        most = max(rows * self._splits(rows) for rows in range(1, max_rows + 1))
+        where = f"cuda:{kernels.device}"
+        self._partials = torch.empty(most * _PARTIAL_BYTES, dtype=torch.uint8, device=where)
+        chunks = max_rows * -(-vocab // _CHUNK)
+        self._chunk_max = torch.empty(chunks, dtype=torch.float32, device=where)
+
+    def sample(
+        self,
+        logits: Tensor,
+        rows: SampledRows,
+        tokens: Tensor,
+        last_token: Tensor,
+        counts: Tensor | None = None,
+    ) -> None:
+        """[S, V] -> tokens int32 [S], and last_token[row] of each: greedy where the temperature is
+        0, else Gumbel-max over what min-p, then top-k, then top-p allow. -1 where a row's logits
+        hold NaN or +inf, or are all -inf.
+
+        counts: int16 [max_num_seqs + 1, V] or None; counts the sampled tokens for `edit`.
+        """
+        num = self._check(logits, rows)
+        require("tokens", tokens, INT, (num,), self._device)
+        require("last_token", last_token, INT, (rows.params.shape[0],), self._device)
+        self._check_counts(counts, rows.params.shape[0])
+        splits = self._splits(num)
+        where = (rows.params, rows.sample_rows, rows.sample_tokens, rows.positions)
+        scratch = (self._partials, self._chunk_max)
+        self._scan.launch((splits, num, 1), (256, 1, 1), (*scratch, logits, *where), pdl=self._pdl)
+        self._choose.launch(
+            (num, 1, 1),
+            (512, 1, 1),
+            (tokens, last_token, counts, *scratch, logits, *where, splits),
+            shared_bytes=_SHARED_BYTES,
+            pdl=self._pdl,
+        )
+
+    def edit(
+        self,
+        logits: Tensor,
+        rows: SampledRows,
+        *,
+        counts: Tensor | None = None,
+        bias: Bias | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """[S, V] -> [S, V]: repetition, presence and frequency penalties by `counts`, then `bias`,
+        then -inf for the end ids of rows shorter than their minimum. In place unless `out` is
+        given, as it must be where the unmodified logits are still needed."""
+        num = self._check(logits, rows)
+        table_rows = rows.params.shape[0]
+        out = logits if out is None else out
+        require("out", out, (self.dtype,), (num, self.vocab), self._device)
+        self._check_counts(counts, table_rows)
+        tables: tuple[Tensor | None, ...] = (None, None, None)
+        max_bias = 0
+        if bias is not None:
+            max_bias = bias.ids.shape[-1]
+            require("bias.ids", bias.ids, INT, (table_rows, max_bias), self._device)
+            require("bias.values", bias.values, _FLOAT, (table_rows, max_bias), self._device)
+            require("bias.counts", bias.counts, INT, (table_rows,), self._device)
+            tables = (bias.ids, bias.values, bias.counts)
+        where = (rows.params, rows.sample_rows, rows.sample_tokens, rows.positions)
+        self._edit.launch(
+            (self._splits(num), num, 1),
+            (256, 1, 1),
+            (out, logits, counts, *tables, max_bias, *where),
+            pdl=self._pdl,
+        )
+        return out
+
+    def count_tokens(self, counts: Tensor, row: int, tokens: Tensor, prompt_length: int) -> None:
+        """Set counts[row] (int16) to what `tokens` (int32 [n]) hold: the first `prompt_length` are
+        the prompt's, the others were sampled. For a row that starts, or starts again, with
+        penalties."""
+        require("counts", counts, _COUNTS, (None, self.vocab), self._device)
+        require("tokens", tokens, INT, (None,), self._device)
+        counts[row].zero_()
+        length = tokens.shape[0]
+        grid = min(-(-length // 256), 4 * self._num_sms)
+        self._count.launch((grid, 1, 1), (256, 1, 1), (counts, tokens, row, length, prompt_length))
+
+    def logprobs(
+        self, logits: Tensor, chosen: Tensor, num_top: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """[S, V], int32 [S] -> natural log-probabilities [S] of the chosen tokens and their ranks
+        [S] (NaN and 0 where the token is -1), then the ids and log-probabilities [S, num_top] of
+        the most likely tokens, best first."""
+        require("logits", logits, (self.dtype,), (None, self.vocab), self._device)
+        num = logits.shape[0]
+        require("chosen", chosen, INT, (num,), self._device)
+        if not 0 <= num_top <= self.vocab:
+            raise KernelError(f"num_top is {num_top}: it must be in [0, {self.vocab}]")
+        out = torch.empty(num, dtype=torch.float32, device=logits.device)
+        ranks = torch.empty(num, dtype=torch.int32, device=logits.device)
+        top_ids = torch.empty(num, num_top, dtype=torch.int32, device=logits.device)
+        top = torch.empty(num, num_top, dtype=torch.float32, device=logits.device)
+        self._logprobs.launch(
+            (num, 1, 1),
+            (1024, 1, 1),
+            (out, ranks, top_ids, top, logits, chosen, num_top),
+            pdl=self._pdl,
+        )
+        return out, ranks, top_ids, top
+
+    def _splits(self, rows: int) -> int:
+        """Slices of a row, so that all multiprocessors have about three thread blocks each."""
+        wanted = -(-3 * self._num_sms // rows) if rows else 1
+        return max(1, min(wanted, _MAX_SPLITS, self.vocab // (_CHUNK * 32)))
+
+    def _check(self, logits: Tensor, rows: SampledRows) -> int:
+        require("logits", logits, (self.dtype,), (None, self.vocab), self._device)
+        num = logits.shape[0]
+        if num > self.max_rows:
+            raise KernelError(f"logits has {num} rows: this sampler was made for {self.max_rows}")
+        if logits.data_ptr() % 16:
+            raise KernelError(f"logits is at {logits.data_ptr():#x}: it must be aligned to 16")
+        require("params", rows.params, INT, (None, self._param_words), self._device)
+        require("sample_rows", rows.sample_rows, INT, (num,), self._device)
+        require("sample_tokens", rows.sample_tokens, INT, (num,), self._device)
+        require("positions", rows.positions, INT, (None,), self._device)
+        return num
+
+    def _check_counts(self, counts: Tensor | None, table_rows: int) -> None:
+        if counts is not None:
+            require("counts", counts, _COUNTS, (table_rows, self.vocab), self._device)
