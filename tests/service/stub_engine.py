@@ -30,8 +30,9 @@ from zllm.runtime.messages import (
 )
 
 BLOCK = 16
-VOCAB = 512
-EOS = 1
+VOCAB = 896
+EOS = 832
+"""Both of the embedded model, whose tokenizer the tests use."""
 
 
 @dataclass
