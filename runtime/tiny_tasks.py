@@ -125,9 +125,7 @@ def _count(random: Random) -> Task:
             range(high, low - 1, -1),
             f"Count down from {high} to {low}.",
         )
-    return Task(
-        "count", question, ", ".join(map(str, numbers)), f"{numbers[0]} {numbers[-1]}"
-    )
+    return Task("count", question, ", ".join(map(str, numbers)), f"{numbers[0]} {numbers[-1]}")
 
 
 def _word(random: Random) -> str:
@@ -135,9 +133,7 @@ def _word(random: Random) -> str:
     if kind < 0.15:
         return random.choice(WORDS)
     if kind < 0.5:
-        return "".join(
-            random.choices("abcdefghijklmnopqrstuvwxyz", k=random.randint(2, 8))
-        )
+        return "".join(random.choices("abcdefghijklmnopqrstuvwxyz", k=random.randint(2, 8)))
     syllables = (
         random.choice(("b", "c", "d", "f", "g", "h", "k", "l", "m", "n", "p", "r", "s", "t", "w",
                        "st", "tr", "ch", "br", "pl", "sh", "th", "wh", "qu", ""))
@@ -177,9 +173,7 @@ def _upper(random: Random) -> Task:
 
 
 def _calendar(random: Random) -> Task:
-    names, unit, whole = random.choice(
-        ((DAYS, "day", "week"), (MONTHS, "month", "year"))
-    )
+    names, unit, whole = random.choice(((DAYS, "day", "week"), (MONTHS, "month", "year")))
     n, i = len(names), random.randrange(len(names))
     form = random.randrange(6)
     if form == 0:
@@ -208,9 +202,7 @@ def _calendar(random: Random) -> Task:
         question, answer = phrase.format(u=unit, k=k, x=names[i]), names[(i - k) % n]
     else:
         j = random.randrange(i, n)
-        phrase = random.choice(
-            ("List the {}s from {} to {}.", "Name the {}s from {} to {}.")
-        )
+        phrase = random.choice(("List the {}s from {} to {}.", "Name the {}s from {} to {}."))
         question, answer = (
             phrase.format(unit, names[i], names[j]),
             ", ".join(names[i : j + 1]),
@@ -228,9 +220,7 @@ def _json(random: Random) -> Task:
     keys = random.sample(list(fields), random.randint(2, 4))
     chosen = {key: fields[key] for key in keys}
     listed = ", ".join(f"{key} {value}" for key, value in chosen.items())
-    question = random.choice(
-        ("Write JSON: {}", "Fill in a JSON object: {}.", "As JSON: {}")
-    )
+    question = random.choice(("Write JSON: {}", "Fill in a JSON object: {}.", "As JSON: {}"))
     return Task("json", question.format(listed), json.dumps(chosen), listed)
 
 
