@@ -1,0 +1,45 @@
+// What the attention kernels share: the types they are compiled for and the lists that
+// attention_plan.cu makes once a step.
+//
+// Macros: SCALAR (queries and output), HEAD_DIM, GROUP (query heads of one KV head), KV_FP8
+// (1: the cache holds float8_e4m3fn, else SCALAR).
+#pragma once
+#include <math_constants.h>
+
+#include "fp8.cuh"
+#include "kv_layout.cuh"
+#include "mma.cuh"
+
+constexpr int kBlockTokens = kv_layout::kBlockTokens;
+constexpr float kLog2e = 1.4426950408889634f;
+
+// Where one thread block of the decode kernel starts, and how far it goes: `blocks` KV blocks in
+// the order decode row, KV head, block. The first row is given in full, to save it a look-up.
+struct alignas(16) DecodeShare {
+  int row;     // index in the list of decode rows
+  int head;    // KV head
+  int block;   // block of the row's sequence
+  int blocks;  // how many blocks; 0: nothing to do
+  int table_row;
+  int tokens;
+  int query;
+  int share;   // blocks of every thread block but the last ones
+};
+
+struct alignas(16) DecodeRow {
+  int query;      // the row's token in q
+  int table_row;  // its row of the block table
+  int tokens;     // tokens of its sequence that are in the cache, the step's own included
+  int unused;
+};
+
+// One tile of the prefill kernels: query rows [tile * TILE, (tile + 1) * TILE) of a row's tokens
+// with the GROUP query heads of a KV head packed, row m = token * GROUP + head.
+struct alignas(16) PrefillTile {
+  int query;      // the row's first token in q
+  int queries;    // its tokens in q; 0: the list ends here
+  int cached;     // tokens that were in the cache before the step
+  int table_row;
+  int tile;
+  int unused[3];
+};

@@ -1,0 +1,92 @@
+// A warp's own ring of KV blocks in shared memory: each stage holds the keys and the values of one
+// head in one block. The warp that fetches is the warp that reads, so nothing but the warp itself
+// and the copies need synchronizing.
+#pragma once
+#include "async_copy.cuh"
+
+#if __CUDA_ARCH__ >= 900 && !defined(FORCE_CP_ASYNC)
+#define BLOCK_RING_BULK 1
+#else
+#define BLOCK_RING_BULK 0
+#endif
+
+// Bytes of shared memory for `warps` rings, the barriers behind the stages.
+constexpr int block_ring_bytes(int warps, int stages, int run_bytes) {
+  return warps * stages * (2 * run_bytes + 8);
+}
+
+template <int Warps, int Stages, int RunBytes> class BlockRing {
+ public:
+  // `memory`: block_ring_bytes(), aligned to 128. All threads of the thread block call it together.
+  __device__ explicit BlockRing(u32 memory)
+      : data_(memory + warp() * Stages * 2 * RunBytes),
+        barriers_(memory + Warps * Stages * 2 * RunBytes + warp() * Stages * 8) {
+#if BLOCK_RING_BULK
+    if (lane() == 0) {
+#pragma unroll
+      for (int s = 0; s < Stages; ++s) barrier_init(barriers_ + s * 8, 1);
+      barrier_init_fence();
+    }
+    __syncwarp();
+#endif
+  }
+
+  // Starts the copy of a block's runs into the next stage to fill. Every lane has read what that
+  // stage held.
+  __device__ void fetch(const u8* keys, const u8* values) {
+    const u32 stage = data_ + fill_ * 2 * RunBytes;
+#if BLOCK_RING_BULK
+    __syncwarp();
+    if (lane() == 0) {
+      const u32 barrier = barriers_ + fill_ * 8;
+      barrier_expect(barrier, 2 * RunBytes);
+      bulk_copy(stage, keys, RunBytes, barrier);
+      bulk_copy(stage + RunBytes, values, RunBytes, barrier);
+    }
+#else
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < RunBytes / 512; ++i) {
+      const int offset = (i * 32 + lane()) * 16;
+      cp_async_16(stage + offset, keys + offset);
+      cp_async_16(stage + RunBytes + offset, values + offset);
+    }
+    cp_async_commit();
+#endif
+    fill_ = fill_ + 1 == Stages ? 0 : fill_ + 1;
+  }
+
+  // Stands for a fetch when there is nothing more to fetch: waiting counts them.
+  __device__ void fetch_nothing() {
+#if !BLOCK_RING_BULK
+    cp_async_commit();
+#endif
+  }
+
+  // The shared address of the oldest block, once it is there: its keys, then its values. Every
+  // fetch() or fetch_nothing() is followed by one wait(), Stages fetches later.
+  __device__ u32 wait() {
+#if BLOCK_RING_BULK
+    barrier_wait(barriers_ + read_ * 8, phase_);
+#else
+    cp_async_wait<Stages - 1>();
+    __syncwarp();
+#endif
+    const u32 stage = data_ + read_ * 2 * RunBytes;
+    if (++read_ == Stages) {
+      read_ = 0;
+      phase_ ^= 1;
+    }
+    return stage;
+  }
+
+ private:
+  __device__ static int warp() { return threadIdx.x / 32; }
+  __device__ static int lane() { return threadIdx.x % 32; }
+
+  u32 data_;
+  u32 barriers_;
+  int fill_ = 0;
+  int read_ = 0;
+  u32 phase_ = 0;
+};
