@@ -126,15 +126,18 @@ class EngineClient:
         seconds = max(now - then, 1.0)
         return (hits / queried if queried > 0 else 0.0), tokens / seconds
 
-    async def close(self) -> None:
-        """Tells the engine to end, and stops listening."""
+    def shut_down(self) -> None:
+        """Tells the engine to end."""
         self._send(Shutdown())
+
+    async def close(self) -> None:
+        """Stops listening. An engine that still talks would wait for a listener for ever."""
         for task in self._tasks:
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task
         self._set_healthy(False)
-        self._context.destroy(linger=200)
+        self._context.destroy(linger=0)
 
     def _send(self, message: ToEngine) -> None:
         # Sent at once, or queued by zmq.asyncio in order; a dead engine's queue is dropped.

@@ -76,6 +76,8 @@ class Stream:
     def push(self, token: int, finish: int, logprobs: TokenLogprobs | None = None) -> bool:
         """One entry of a step: a token, a finish or both. True: a stop string just ended it,
         which the engine does not know."""
+        if self.over:
+            return False
         if token >= 0:
             self._undigested.append(token)
             if logprobs is not None:
@@ -129,8 +131,12 @@ class Stream:
                 break
         if self._finish is not None and not self._closed:
             pieces.append(self._detokenizer.flush())
-            last = pending.token_ids[-1] if self._finish is FinishReason.STOP else None
-            self._close(Finish(self._finish, stop_token_id=last))
+            matched = self._detokenizer.matched_stop
+            if matched is not None:
+                self._close(Finish(FinishReason.STOP, stop_string=matched))
+            else:
+                last = pending.token_ids[-1] if self._finish is FinishReason.STOP else None
+                self._close(Finish(self._finish, stop_token_id=last))
         pending.text = "".join(pieces)
         del pending.logprobs[len(pending.token_ids) :]
 

@@ -89,16 +89,15 @@ class EngineProcess:
         """Ends the engine, by force if it must."""
         if self._watch is not None:
             self._watch.cancel()
-        await self.client.close()
         process = self._process
         if process is not None and process.returncode is None:
-            if process.stdin is not None:
-                process.stdin.close()
+            self.client.shut_down()
             try:
                 await asyncio.wait_for(process.wait(), STOP_S)
             except TimeoutError:
                 process.kill()
                 await process.wait()
+        await self.client.close()
         shutil.rmtree(self._directory, ignore_errors=True)
 
     async def _await_death(self) -> None:

@@ -93,8 +93,9 @@ async def running(
             await channel.close()
             await admin_channel.close()
             await server.stop(0.0)
+            client.shut_down()
+            await asyncio.to_thread(thread.join)
             await client.close()
-            thread.join()
 
 
 def folder_of(name: str) -> Path:

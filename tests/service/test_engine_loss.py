@@ -1,0 +1,111 @@
+"""A dead or hung engine: its requests fail at once, health follows, nothing hangs."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from tests.service.harness import Harness, running
+from tests.service.stub_engine import StubEngine
+from zllm.errors import ConfigError, Unavailable
+from zllm.runtime.config import EngineConfig
+from zllm.runtime.embedded import EMBEDDED_MODEL
+from zllm.service.supervisor import EngineProcess
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+STUB = (sys.executable, str(Path(__file__).parent / "stub_engine.py"))
+CONFIG = EngineConfig(model=EMBEDDED_MODEL)
+
+
+async def health(server: Harness, service: str = "") -> int:
+    stub = health_pb2_grpc.HealthStub(server.channel)
+    return (await stub.Check(health_pb2.HealthCheckRequest(service=service))).status
+
+
+async def until_health(server: Harness, status: int) -> None:
+    async with asyncio.timeout(10):
+        while await health(server, "zllm.v1.GenerationService") != status:
+            await asyncio.sleep(0.02)
+
+
+async def test_a_hung_engine_fails_its_requests_and_comes_back() -> None:
+    engine = StubEngine()
+    async with running(engine, timeout=1.0) as server:
+        await until_health(server, SERVING)
+        engine.frozen.set()
+        with pytest.raises(Unavailable):
+            await server.client.generate("abc", timeout=20)
+        assert await health(server) == NOT_SERVING
+        with pytest.raises(Unavailable):
+            await server.client.generate("abc", timeout=20)
+        engine.frozen.clear()
+        await until_health(server, SERVING)
+        assert (await server.client.generate("abc", max_tokens=2)).text == "ab"
+        await server.until_idle()
+
+
+async def test_an_idle_engine_stays_healthy() -> None:
+    async with running(timeout=0.8) as server:
+        await until_health(server, SERVING)
+        await asyncio.sleep(2)
+        assert await health(server) == SERVING
+
+
+async def test_health_knows_each_service_and_no_other() -> None:
+    async with running() as server:
+        for service in ("", "zllm.v1.GenerationService", "zllm.v1.ModelService"):
+            async with asyncio.timeout(5):
+                while await health(server, service) != SERVING:
+                    await asyncio.sleep(0.01)
+        stub = health_pb2_grpc.HealthStub(server.channel)
+        watch = stub.Watch(health_pb2.HealthCheckRequest(service="nobody"))
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+        watch.cancel()
+
+
+async def test_a_killed_engine_is_noticed_at_once() -> None:
+    engine = EngineProcess(CONFIG, timeout=60, command=STUB)
+    await engine.start()
+    assert engine.client.healthy
+    os.kill(engine.pid, signal.SIGKILL)
+    async with asyncio.timeout(5):
+        assert "signal 9" in await engine.wait()
+        while engine.client.healthy:
+            await asyncio.sleep(0.01)
+    await engine.stop()
+
+
+async def test_the_sockets_directory_is_private_and_gone_once_connected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    engine = EngineProcess(CONFIG, timeout=60, command=STUB)
+    (directory,) = tmp_path.iterdir()
+    assert directory.stat().st_mode & 0o777 == 0o700
+    await engine.start()
+    assert not list(tmp_path.iterdir())
+    await engine.stop()
+    assert not list(tmp_path.iterdir())
+
+
+async def test_an_engine_that_ends_while_loading_is_a_config_error() -> None:
+    command = (sys.executable, "-c", "import sys; sys.exit(3)")
+    engine = EngineProcess(CONFIG, timeout=60, command=command)
+    with pytest.raises(ConfigError, match="exit code 3"):
+        await engine.start()
+
+
+async def test_an_engine_that_ignores_shutdown_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zllm.service.supervisor.STOP_S", 0.3)
+    engine = EngineProcess(CONFIG, timeout=60, command=STUB)
+    await engine.start()
+    os.kill(engine.pid, signal.SIGSTOP)
+    await engine.stop()
+    assert "signal 9" in await engine.wait()
