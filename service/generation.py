@@ -57,7 +57,7 @@ class GenerationService:
         try:
             run = await self._submit(request, request_id, min_tokens=WHOLE)
             try:
-                delta = await run.stream.take()
+                delta = await run.stream.take_whole()
             finally:
                 run.model.engine.release(run.engine_id)
         finally:

@@ -113,6 +113,16 @@ class Stream:
         self.cumulative_logprob += sum(entry.logprob for entry in delta.logprobs)
         return delta
 
+    async def take_whole(self) -> Delta:
+        """Waits for the end and returns all of it, or raises what the request failed with."""
+        while not self.over:
+            self._wake.clear()
+            await self._wake.wait()
+        if self._error is not None:
+            raise self._error
+        self._wake.set()
+        return await self.take()
+
     def _digest(self) -> None:
         """Turns the tokens that came into text, up to a stop string; the rest is dropped."""
         tokens, self._undigested = self._undigested, []

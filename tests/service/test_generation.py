@@ -238,6 +238,8 @@ async def test_a_request_that_the_engine_fails_is_internal_and_others_live_on() 
         received: list[Delta] = []
         with pytest.raises(EngineError):
             await collect(server.client.stream("abc"), received)
+        with pytest.raises(EngineError):
+            await server.client.generate("abc")
         engine.fail_at = None
         answer = await server.client.generate("abc", max_tokens=5)
     assert sum(delta.num_tokens for delta in received) == 3

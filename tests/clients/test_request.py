@@ -1,0 +1,177 @@
+"""Plain Python to the contract's messages, and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.json_format import MessageToDict
+
+from zllm.clients.failures import to_error
+from zllm.clients.request import build_request
+from zllm.clients.results import read_delta
+from zllm.clients.service_config import channel_options
+from zllm.errors import (
+    EngineError,
+    InvalidRequest,
+    Overloaded,
+    RequestExists,
+    Unavailable,
+    UnknownModel,
+    UnsupportedRequest,
+    ZllmError,
+)
+from zllm.service.status import BadFields, code_of, details_of
+from zllm.v1 import generation_pb2
+
+
+def test_a_prompt_is_text_ids_or_chat() -> None:
+    assert build_request("hi").text == "hi"
+    assert list(build_request([1, 2]).token_ids.ids) == [1, 2]
+    assert list(build_request((1,)).token_ids.ids) == [1]
+    chat = build_request([{"role": "user", "content": "hi"}]).chat
+    assert [(m.role, m.content) for m in chat.messages] == [("user", "hi")]
+
+
+def test_each_option_goes_to_its_place_in_the_contract() -> None:
+    request = build_request(
+        [{"role": "user", "content": "hi"}],
+        model="m",
+        temperature=0.5,
+        seed=7,
+        logit_bias={3: 1.5},
+        max_tokens=4,
+        stop=["a", "b"],
+        stop_token_ids=[5],
+        time_limit=1.25,
+        queue_timeout=2,
+        logprobs=0,
+        token_ids=True,
+        text=False,
+        cache_salt="s",
+        bypass_cache=True,
+        tools=[{"name": "t"}],
+        template_kwargs={"enable_thinking": False},
+        truncate_prompt_tokens=9,
+        priority=-1,
+    )
+    assert MessageToDict(request, preserving_proto_field_name=True) == {
+        "model": "m",
+        "chat": {
+            "messages": [{"role": "user", "content": "hi"}],
+            "tools_json": '[{"name": "t"}]',
+            "template_kwargs": {"enable_thinking": False},
+        },
+        "sampling": {"temperature": 0.5, "seed": "7", "logit_bias": {"3": 1.5}},
+        "stopping": {
+            "max_tokens": 4,
+            "stop_strings": ["a", "b"],
+            "stop_token_ids": [5],
+            "time_limit": "1.250s",
+        },
+        "output": {"text": False, "token_ids": True, "logprobs": 0},
+        "cache": {"bypass": True, "salt": "s"},
+        "priority": -1,
+        "queue_timeout": "2s",
+        "truncate_prompt_tokens": 9,
+    }
+
+
+def test_none_leaves_a_field_to_the_server() -> None:
+    request = build_request("hi", temperature=None, max_tokens=None)
+    assert request == generation_pb2.GenerateRequest(text="hi")
+
+
+def test_one_stop_string_need_not_be_a_list() -> None:
+    assert list(build_request("hi", stop="end").stopping.stop_strings) == ["end"]
+
+
+@pytest.mark.parametrize("options", [{"temprature": 1.0}, {"max_tokens": "four"}])
+def test_an_unknown_name_or_type_fails_before_anything_is_sent(options: dict[str, Any]) -> None:
+    with pytest.raises(TypeError):
+        build_request("hi", **options)
+
+
+class Failure(grpc.RpcError):
+    """What gRPC raises for a status."""
+
+    def __init__(self, code: grpc.StatusCode, text: str, details: bytes | None) -> None:
+        self._answer = (code, text, details)
+
+    def code(self) -> grpc.StatusCode:
+        return self._answer[0]
+
+    def details(self) -> str:
+        return self._answer[1]
+
+    def trailing_metadata(self) -> list[tuple[str, bytes]]:
+        details = self._answer[2]
+        return [] if details is None else [("grpc-status-details-bin", details)]
+
+
+def over_the_wire(error: ZllmError) -> Exception:
+    details = details_of(error).SerializeToString()
+    return to_error(Failure(code_of(error), str(error), details))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        InvalidRequest("sampling.top_p", "2 is too much"),
+        UnsupportedRequest("beam_search", "not yet"),
+        UnknownModel("model", "nobody"),
+        RequestExists("request_id", "one"),
+    ],
+)
+def test_a_requests_error_comes_back_with_class_and_field(error: Any) -> None:
+    back: Any = over_the_wire(error)
+    assert type(back) is type(error)
+    assert (back.field, back.reason) == (error.field, error.reason)
+
+
+@pytest.mark.parametrize("error", [Overloaded("full", 2.5), Unavailable("draining", 0.25)])
+def test_a_refusal_comes_back_with_its_time_to_retry(error: Any) -> None:
+    back: Any = over_the_wire(error)
+    assert type(back) is type(error)
+    assert back.retry_after == error.retry_after
+
+
+def test_several_violations_come_back_as_the_first() -> None:
+    both = BadFields([InvalidRequest("a", "is bad"), InvalidRequest("b", "is worse")])
+    back: Any = over_the_wire(both)
+    assert (type(back), back.field, back.reason) == (InvalidRequest, "a", "is bad")
+    assert len(details_of(both).details) == 1
+    assert "b: is worse" in str(both)
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        (grpc.StatusCode.DEADLINE_EXCEEDED, TimeoutError),
+        (grpc.StatusCode.INTERNAL, EngineError),
+        (grpc.StatusCode.UNAVAILABLE, Unavailable),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, Overloaded),
+        (grpc.StatusCode.INVALID_ARGUMENT, InvalidRequest),
+        (grpc.StatusCode.CANCELLED, ZllmError),
+    ],
+)
+def test_a_bare_status_maps_too(code: grpc.StatusCode, kind: type[Exception]) -> None:
+    for details in (None, b"\xff not a status"):
+        assert type(to_error(Failure(code, "why", details))) is kind
+
+
+def test_a_delta_reads_as_plain_python() -> None:
+    finish = generation_pb2.SequenceFinish(reason=2, stop_string="end")  # type: ignore[arg-type]
+    delta = read_delta(
+        generation_pb2.SequenceDelta(text="a", token_ids=[1], num_tokens=1, finish=finish)
+    )
+    assert (delta.text, delta.token_ids, delta.num_tokens) == ("a", (1,), 1)
+    assert (delta.finish_reason, delta.stop) == ("stop", "end")
+    assert read_delta(generation_pb2.SequenceDelta()).finish_reason is None
+
+
+def test_one_attempt_means_no_retries() -> None:
+    assert ("grpc.enable_retries", 0) in channel_options(1)
+    assert "grpc.service_config" not in dict(channel_options(1))
+    assert "UNAVAILABLE" in str(dict(channel_options(3))["grpc.service_config"])
