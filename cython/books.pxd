@@ -35,6 +35,11 @@ cdef struct Limits:
     int32_t max_updates         # entries of block tables a step can carry
     int32_t max_copies
     int32_t max_held
+    int32_t max_swaps           # blocks a step can carry in each direction
+    int32_t num_host_blocks
+    double swap_cost            # tokens computed in the time a block goes to the host and back
+    int64_t patience            # admissions that may pass over a request
+    int policy
 
 cdef struct Counters:
     int64_t hit_tokens
@@ -43,8 +48,16 @@ cdef struct Counters:
     int64_t preempted_tokens
     int64_t generated_tokens
     int64_t folded_blocks
-    double queue_seconds
+    int64_t swaps_out           # sequences
+    int64_t swaps_in
+    int64_t swapped_blocks      # in both directions
+    int64_t forks
     int64_t admissions
+    double queue_seconds
+
+cdef struct Tenant:
+    int64_t deficit             # tokens it may still be served before others come first
+    int64_t num_live            # sequences that are not freed
 
 cdef struct Books:
     Limits limits
@@ -67,7 +80,21 @@ cdef struct Books:
     int64_t* finished           # ids of requests whose last sequence ended
     int32_t num_finished
     int32_t num_live            # sequences that are not freed
+    int32_t num_forks           # of these in state FORK
+    int32_t num_parted          # of these in state PARTED
+    Tenant* tenants
+    int32_t num_tenants
+    int32_t* free_host          # stack of empty host blocks
+    int32_t num_free_host
+    int32_t* leaving_host       # host blocks that the next step's copies may still touch
+    int32_t num_leaving_host
+    int32_t* swap_out           # pairs for the next step
+    int32_t num_swap_out
+    int32_t* swap_in
+    int32_t num_swap_in
     int32_t capacity            # of ended and finished; at least num_live
+    int64_t stalled             # Pool.num_returned when admission failed; -1: it may succeed
+    double earliest             # no deadline of the queue is before this
     int64_t num_planned
     int64_t num_committed
     Step[2] steps               # by step number modulo 2
@@ -78,10 +105,12 @@ cdef int books_reserve(Books* books, int32_t capacity) noexcept nogil
 cdef void queue_push(Books* books, Sequence* seq) noexcept nogil
 cdef void queue_remove(Books* books, Sequence* seq) noexcept nogil
 cdef void stop_running(Books* books, Sequence* seq) noexcept nogil
+cdef void queue_forks(Books* books, Request* request) noexcept nogil
+cdef void release_row(Books* books, Sequence* seq) noexcept nogil
+cdef void release_host(Books* books, Sequence* seq) noexcept nogil
 cdef void leave_if_retired(Books* books, Sequence* seq) noexcept nogil
 cdef void finish_sequence(Books* books, Sequence* seq, int reason) noexcept nogil
 cdef void end_sequence(Books* books, Sequence* seq, int reason) noexcept nogil
-cdef void hold_until_retired(Books* books, Step* step, int32_t block) noexcept nogil
 
 
 cdef inline Step* step_of(Books* books, int64_t number) noexcept nogil:

@@ -1,22 +1,26 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
-"""Rows, queue and the life of a sequence: WAITING, RUNNING, PREEMPTED or ZOMBIE, freed.
+"""Rows, queue and the life of a sequence (its states: sequence.pxd).
 
-Row and blocks are given up in one place, `release`, once the last step in flight that names the
+Row and blocks are given up in one place, `release_row`, once the last step in flight that names the
 sequence has retired.
 """
 
+from libc.math cimport INFINITY
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memmove, memset
 
 from zllm.native.block_pool cimport pool_free, pool_init, pool_release
 from zllm.native.radix_tree cimport tree_free, tree_init
 from zllm.native.sequence cimport (
+    FORK,
+    PARTED,
     PREEMPTED,
     RUNNING,
     WAITING,
     ZOMBIE,
     request_free,
     sequence_free,
+    waiting_deadline,
 )
 
 
@@ -30,6 +34,8 @@ cdef int books_init(Books* books, Limits limits, int32_t num_blocks, bint cachin
     memset(books, 0, sizeof(Books))
     books.limits = limits
     books.caching = caching
+    books.stalled = -1
+    books.earliest = INFINITY
     if pool_init(&books.pool, num_blocks) < 0 or tree_init(&books.tree, &books.pool) < 0:
         return -1
     books.row_owner = <Sequence**> calloc(rows, sizeof(Sequence*))
@@ -40,6 +46,15 @@ cdef int books_init(Books* books, Limits limits, int32_t num_blocks, bint cachin
     for row in range(rows):
         books.free_rows[row] = rows - 1 - row
     books.num_free_rows = rows
+    books.free_host = <int32_t*> malloc((limits.num_host_blocks + 1) * sizeof(int32_t))
+    books.leaving_host = <int32_t*> malloc((limits.num_host_blocks + 1) * sizeof(int32_t))
+    books.swap_out = <int32_t*> malloc((2 * limits.max_swaps + 1) * sizeof(int32_t))
+    books.swap_in = <int32_t*> malloc((2 * limits.max_swaps + 1) * sizeof(int32_t))
+    if not (books.free_host and books.leaving_host and books.swap_out and books.swap_in):
+        return -1
+    for i in range(limits.num_host_blocks):
+        books.free_host[i] = limits.num_host_blocks - 1 - i
+    books.num_free_host = limits.num_host_blocks
     for i in range(2):
         step = &books.steps[i]
         step.seqs = <Sequence**> malloc(rows * sizeof(Sequence*))
@@ -54,6 +69,13 @@ cdef int books_init(Books* books, Limits limits, int32_t num_blocks, bint cachin
     return 0 if complete else -1
 
 
+cdef void free_forks(Books* books, Request* request) noexcept nogil:
+    cdef int32_t i
+    for i in range(request.num_indices):
+        if request.members[i] != NULL and request.members[i].state == FORK:
+            free_member(books, request.members[i])
+
+
 cdef void books_free(Books* books) noexcept nogil:
     cdef int i
     cdef int32_t row
@@ -61,11 +83,14 @@ cdef void books_free(Books* books) noexcept nogil:
     while books.first != NULL:
         seq = books.first
         queue_remove(books, seq)
+        free_forks(books, seq.request)
         free_member(books, seq)
     if books.row_owner != NULL:
         for row in range(books.limits.max_num_seqs):
-            if books.row_owner[row] != NULL:
-                free_member(books, books.row_owner[row])
+            seq = books.row_owner[row]
+            if seq != NULL:
+                free_forks(books, seq.request)
+                free_member(books, seq)
     for i in range(2):
         free(books.steps[i].seqs)
         free(books.steps[i].kv_len)
@@ -78,6 +103,11 @@ cdef void books_free(Books* books) noexcept nogil:
     free(books.running)
     free(books.ended)
     free(books.finished)
+    free(books.tenants)
+    free(books.free_host)
+    free(books.leaving_host)
+    free(books.swap_out)
+    free(books.swap_in)
     tree_free(&books.tree)
     pool_free(&books.pool)
     memset(books, 0, sizeof(Books))
@@ -106,7 +136,6 @@ cdef void queue_push(Books* books, Sequence* seq) noexcept nogil:
     cdef Sequence* after = NULL
     cdef Sequence* before = books.last
     seq.state = WAITING
-    seq.blocked = -1
     if before != NULL and before.arrival > seq.arrival:  # it comes back: near the front
         after = books.first
         while after.arrival < seq.arrival:
@@ -122,7 +151,9 @@ cdef void queue_push(Books* books, Sequence* seq) noexcept nogil:
         after.prev = seq
     else:
         books.last = seq
+    books.earliest = min(books.earliest, waiting_deadline(seq))
     books.num_waiting += 1
+    books.stalled = -1
     books.waiting_tokens += seq.num_tokens
 
 
@@ -138,6 +169,7 @@ cdef void queue_remove(Books* books, Sequence* seq) noexcept nogil:
     seq.prev = NULL
     seq.next = NULL
     books.num_waiting -= 1
+    books.stalled = -1
     books.waiting_tokens -= seq.num_tokens
 
 
@@ -151,7 +183,18 @@ cdef void stop_running(Books* books, Sequence* seq) noexcept nogil:
             (books.num_running - i) * sizeof(Sequence*))
 
 
-cdef void release(Books* books, Sequence* seq) noexcept nogil:
+cdef void queue_forks(Books* books, Request* request) noexcept nogil:
+    """Queue the request's forks: the blocks that they share are computed, or never will be."""
+    cdef int32_t i
+    cdef Sequence* seq
+    for i in range(request.num_indices):
+        seq = request.members[i]
+        if seq != NULL and seq.state == FORK:
+            books.num_forks -= 1
+            queue_push(books, seq)
+
+
+cdef void release_row(Books* books, Sequence* seq) noexcept nogil:
     """Give up row and blocks. The deepest block goes first: see radix_tree.pyx."""
     cdef int32_t i
     for i in range(seq.num_blocks - 1, -1, -1):
@@ -167,9 +210,24 @@ cdef void release(Books* books, Sequence* seq) noexcept nogil:
     seq.row = -1
 
 
+cdef void release_host(Books* books, Sequence* seq) noexcept nogil:
+    """Give up host blocks; they are empty once the next step has been packed."""
+    cdef int32_t i
+    for i in range(seq.num_host):
+        books.leaving_host[books.num_leaving_host] = seq.host_blocks[i]
+        books.num_leaving_host += 1
+    seq.num_host = 0
+    seq.host_tokens = 0
+
+
 cdef void free_member(Books* books, Sequence* seq) noexcept nogil:
     cdef Request* request = seq.request
+    release_host(books, seq)
     books.num_live -= 1
+    if seq.state == FORK:
+        books.num_forks -= 1
+    books.tenants[request.tenant].num_live -= 1
+    request.members[seq.index] = NULL
     request.num_members -= 1
     if request.num_members == 0:
         request_free(request)
@@ -180,10 +238,11 @@ cdef void leave_if_retired(Books* books, Sequence* seq) noexcept nogil:
     """The one way out of a row, for a sequence that is preempted or has ended."""
     if seq.in_flight:
         return
-    release(books, seq)
     if seq.state == PREEMPTED:
-        queue_push(books, seq)
+        seq.state = PARTED
+        books.num_parted += 1
     else:
+        release_row(books, seq)
         free_member(books, seq)
 
 
@@ -195,12 +254,19 @@ cdef void finish_sequence(Books* books, Sequence* seq, int reason) noexcept nogi
     if request.num_unfinished == 0:
         books.finished[books.num_finished] = request.id
         books.num_finished += 1
+    if seq.index == 0 and books.num_forks:
+        queue_forks(books, request)
+    if seq.state == FORK:
+        free_member(books, seq)
+        return
     if seq.state == WAITING:
         queue_remove(books, seq)
         free_member(books, seq)
         return
     if seq.state == RUNNING:
         stop_running(books, seq)
+    elif seq.state == PARTED:
+        books.num_parted -= 1
     seq.state = ZOMBIE
     leave_if_retired(books, seq)
 
@@ -213,9 +279,3 @@ cdef void end_sequence(Books* books, Sequence* seq, int reason) noexcept nogil:
     ended.index = seq.index
     ended.finish = reason
     finish_sequence(books, seq, reason)
-
-
-cdef void hold_until_retired(Books* books, Step* step, int32_t block) noexcept nogil:
-    """Keep a block's reference until the step has retired."""
-    step.held[step.num_held] = block
-    step.num_held += 1

@@ -8,7 +8,7 @@ from zllm.errors import InvariantError
 from zllm.native.books cimport Step
 from zllm.native.radix_tree cimport Node, Tree
 from zllm.native.block_pool cimport BLOCK_SIZE, Pool
-from zllm.native.sequence cimport PREEMPTED, RUNNING, WAITING, ZOMBIE, Sequence, blocks_for
+from zllm.native.sequence cimport PARTED, PREEMPTED, RUNNING, WAITING, ZOMBIE, Sequence, blocks_for
 
 
 cdef int require(bint holds, str what) except -1:
@@ -24,6 +24,7 @@ cdef int verify_books(Books* books) except -1:
     try:
         verify_rows(books, refs)
         verify_queue(books)
+        verify_host(books)
         verify_steps(books, refs)
         verify_pool(&books.pool, refs)
         verify_tree(&books.tree)
@@ -37,6 +38,7 @@ cdef int verify_rows(Books* books, int32_t* refs) except -1:
     cdef int32_t row, i
     cdef int32_t running = 0
     cdef int32_t owned = 0
+    cdef int32_t parted = 0
     cdef Sequence* seq
     for row in range(books.limits.max_num_seqs):
         seq = books.row_owner[row]
@@ -44,8 +46,10 @@ cdef int verify_rows(Books* books, int32_t* refs) except -1:
             continue
         owned += 1
         require(seq.row == row, f"row {row} belongs to a sequence of row {seq.row}")
-        require(seq.state in (RUNNING, PREEMPTED, ZOMBIE), f"row {row}: state {seq.state}")
-        require(seq.state == RUNNING or seq.in_flight > 0, f"row {row} should have been released")
+        require(seq.state in (RUNNING, PREEMPTED, PARTED, ZOMBIE), f"row {row}: state {seq.state}")
+        require(seq.state in (RUNNING, PARTED) or seq.in_flight > 0,
+                f"row {row} should have been released")
+        parted += seq.state == PARTED
         require((seq.state == ZOMBIE) == (seq.finish != 0), f"row {row}: finish {seq.finish}")
         require(seq.num_sent <= seq.num_blocks, f"row {row}: more table entries sent than held")
         require(seq.num_cached <= seq.num_blocks, f"row {row}: more blocks cached than held")
@@ -71,7 +75,9 @@ cdef int verify_rows(Books* books, int32_t* refs) except -1:
     for i in range(books.num_free_rows):
         require(books.row_owner[books.free_rows[i]] == NULL,
                 f"row {books.free_rows[i]} is free and owned")
-    require(owned + books.num_waiting == books.num_live, "live sequences do not add up")
+    require(parted == books.num_parted, f"{parted} sequences are parted, not {books.num_parted}")
+    require(owned + books.num_waiting + books.num_forks == books.num_live,
+            "live sequences do not add up")
     return 0
 
 
@@ -93,6 +99,34 @@ cdef int verify_queue(Books* books) except -1:
     require(before == books.last, "the queue's end is wrong")
     require(count == books.num_waiting, f"{count} sequences wait, not {books.num_waiting}")
     require(tokens == books.waiting_tokens, f"{tokens} tokens wait, not {books.waiting_tokens}")
+    return 0
+
+
+cdef int verify_host(Books* books) except -1:
+    """Every host block is empty, about to be, or keeps tokens of one waiting sequence."""
+    cdef int32_t count = books.num_free_host + books.num_leaving_host
+    cdef int32_t i
+    cdef Sequence* seq = books.first
+    cdef uint8_t* seen = <uint8_t*> calloc(books.limits.num_host_blocks + 1, 1)
+    if seen == NULL:
+        raise MemoryError("no memory to check the host blocks")
+    try:
+        for i in range(books.num_free_host):
+            seen[books.free_host[i]] += 1
+        for i in range(books.num_leaving_host):
+            seen[books.leaving_host[i]] += 1
+        while seq != NULL:
+            require(seq.host_tokens < max(1, seq.num_tokens), "the host keeps too many tokens")
+            require(seq.num_host == blocks_for(seq.host_tokens), "host blocks and tokens differ")
+            for i in range(seq.num_host):
+                seen[seq.host_blocks[i]] += 1
+            count += seq.num_host
+            seq = seq.next
+        for i in range(books.limits.num_host_blocks):
+            require(seen[i] == 1, f"host block {i} has {seen[i]} users")
+    finally:
+        free(seen)
+    require(count == books.limits.num_host_blocks, "host blocks do not add up")
     return 0
 
 

@@ -11,4 +11,4 @@ cdef struct Packed:
     int32_t features
 
 cdef int64_t arena_words(const Limits* limits) noexcept nogil
-cdef Packed pack_step(Step* step, int32_t* arena) noexcept nogil
+cdef Packed pack_step(Books* books, Step* step, int32_t* arena) noexcept nogil

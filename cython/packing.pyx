@@ -13,7 +13,7 @@ cdef int64_t arena_words(const Limits* limits) noexcept nogil:
     return (HEADER_WORDS + 4 * <int64_t> limits.max_num_seqs + 1 + limits.max_num_batched_tokens
             + 3 * <int64_t> limits.max_updates
             + PARAM_WORDS * <int64_t> limits.max_num_seqs
-            + 2 * <int64_t> limits.max_copies)
+            + 2 * <int64_t> limits.max_copies + 4 * <int64_t> limits.max_swaps)
 
 
 cdef inline int32_t float_bits(float value) noexcept nogil:
@@ -42,7 +42,7 @@ cdef void pack_params(const Sequence* seq, int32_t* out) noexcept nogil:
     memcpy(out + P_END_IDS, request.end_ids, num_end_ids * sizeof(int32_t))
 
 
-cdef Packed pack_step(Step* step, int32_t* arena) noexcept nogil:
+cdef Packed pack_step(Books* books, Step* step, int32_t* arena) noexcept nogil:
     """Write all sections and the header; the device knows then what the step's rows need."""
     cdef int32_t num_rows = step.num_rows
     cdef int32_t* rows = arena + HEADER_WORDS
@@ -54,8 +54,8 @@ cdef Packed pack_step(Step* step, int32_t* arena) noexcept nogil:
     cdef int32_t* params = updates + 3 * step.num_updates
     cdef int32_t* copies = params + PARAM_WORDS * step.num_params
     cdef int32_t* swap_out = copies + 2 * step.num_copies
-    cdef int32_t* swap_in = swap_out
-    cdef int32_t* end = swap_in
+    cdef int32_t* swap_in = swap_out + 2 * books.num_swap_out
+    cdef int32_t* end = swap_in + 2 * books.num_swap_in
     cdef Packed packed
     cdef Sequence* seq
     cdef int32_t r, q_len, start, i
@@ -72,6 +72,8 @@ cdef Packed pack_step(Step* step, int32_t* arena) noexcept nogil:
     arena[H_NUM_TABLE_UPDATES] = step.num_updates
     arena[H_NUM_PARAM_UPDATES] = step.num_params
     arena[H_NUM_COPIES] = step.num_copies
+    arena[H_NUM_SWAP_OUT] = books.num_swap_out
+    arena[H_NUM_SWAP_IN] = books.num_swap_in
     arena[H_ROWS] = <int32_t> (rows - arena)
     arena[H_Q_START] = <int32_t> (q_start - arena)
     arena[H_KV_LEN] = <int32_t> (kv_len - arena)
@@ -117,6 +119,10 @@ cdef Packed pack_step(Step* step, int32_t* arena) noexcept nogil:
                 packed.features |= S_MIN_TOKENS
     q_start[num_rows] = position
     memcpy(copies, step.copies, 2 * step.num_copies * sizeof(int32_t))
+    memcpy(swap_out, books.swap_out, 2 * books.num_swap_out * sizeof(int32_t))
+    memcpy(swap_in, books.swap_in, 2 * books.num_swap_in * sizeof(int32_t))
+    books.num_swap_out = 0
+    books.num_swap_in = 0
     arena[H_MAX_LOGPROBS] = packed.max_logprobs
     arena[H_MAX_KV_LEN] = packed.max_kv_len
     arena[H_FEATURES] = packed.features

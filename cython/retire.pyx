@@ -5,7 +5,6 @@ from zllm.native.arena cimport F_SAMPLE
 from zllm.native.block_pool cimport BLOCK_SIZE, pool_reference, pool_release
 from zllm.native.books cimport (
     finish_sequence,
-    hold_until_retired,
     leave_if_retired,
     step_of,
 )
@@ -64,6 +63,7 @@ cdef int32_t retire_step(Books* books, Step* step, const int32_t* tokens, EventL
             seq.tokens[seq.num_tokens] = token
             seq.num_tokens += 1
             books.counters.generated_tokens += 1
+            books.tenants[seq.request.tenant].deficit -= 1
             finish = end_of(seq.request, seq.num_tokens, token)
             if not seq.request.started:
                 seq.request.started = 1
@@ -86,6 +86,7 @@ cdef inline void cache_blocks(Books* books, Sequence* seq, int32_t written) noex
     """Put the blocks that are full now into the tree. Where another sequence has cached the
     same tokens meanwhile, its block takes the place of ours in the table."""
     cdef int32_t i, parent, block, node
+    cdef Step* newest
     while (seq.num_cached + 1) * BLOCK_SIZE <= written:
         i = seq.num_cached
         parent = seq.blocks[i - 1] if i else 0
@@ -98,7 +99,9 @@ cdef inline void cache_blocks(Books* books, Sequence* seq, int32_t written) noex
             seq.num_sent = min(seq.num_sent, i)
             books.counters.folded_blocks += 1
             if seq.in_flight:  # a step in flight still reads it
-                hold_until_retired(books, step_of(books, books.num_planned - 1), block)
+                newest = step_of(books, books.num_planned - 1)
+                newest.held[newest.num_held] = block
+                newest.num_held += 1
             else:
                 pool_release(&books.pool, block)
         seq.num_cached += 1

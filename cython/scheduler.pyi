@@ -48,8 +48,13 @@ class Scheduler:
         policy: str = "fcfs",
         max_queued_requests: int = 4096,
         max_queued_tokens: int = 16777216,
+        patience: int = 1024,
+        swap_cost: float = 0.0,
     ) -> None:
         """`num_blocks` counts block 0, which belongs to nobody: the cache has exactly so many.
+        No policy lets more than `patience` admissions pass over the oldest waiting request.
+        `swap_cost`: tokens that are computed in the time in which one block goes to the host and
+        back; a preempted sequence is swapped if that is cheaper and host blocks are left.
         Raises ConfigError when a number or the policy cannot work."""
     arena_words: int
     """Length in int32 words that an arena must have for the largest step."""
@@ -81,6 +86,10 @@ class Scheduler:
         InvalidRequest when it can never run (id in use, longer than the context or the pool)."""
     def abort(self, request_id: int) -> bool:
         """End a request with FinishReason.ABORTED at the next commit; False when unknown."""
+    def fork(self, request_id: int, index: int, token: int) -> int:
+        """Add a sequence that has the known tokens of sequence `index`, with `token` in the place
+        of the last one: a beam's other continuation. It shares the source's blocks, gets a row of
+        its own and goes on by itself; returns its index. For steps that are not overlapped."""
     def plan(self, now: float, arena: npt.NDArray[np.int32]) -> Plan | None:
         """Decide the next step and pack it. None: nothing can run until a commit or an arrival.
         May be called once before the previous plan is committed (one step ahead), no further."""

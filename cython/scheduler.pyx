@@ -13,7 +13,7 @@ from cpython.buffer cimport (
 )
 from libc.math cimport INFINITY
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t, uintptr_t
-from libc.stdlib cimport calloc, free, malloc
+from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcpy, memset
 
 from hashlib import blake2b
@@ -33,6 +33,7 @@ from zllm.native.books cimport (
     Books,
     Limits,
     Step,
+    Tenant,
     books_free,
     books_init,
     books_reserve,
@@ -48,15 +49,20 @@ from zllm.native.retire cimport EventList, Started, drain_ended, retire_step
 from zllm.native.sequence cimport (
     ABORTED,
     CONTEXT_LIMIT,
+    FORK,
     LENGTH,
     Request,
     Sequence,
     blocks_for,
     request_free,
+    sequence_free,
     sequence_new,
+    waiting_deadline,
 )
 
-POLICIES = ("fcfs",)
+POLICIES = ("fcfs", "priority", "sjf", "lpm", "fair")  # in the order of policy.pxd
+
+MANY_TENANTS = 1024
 
 
 cdef class Plan:
@@ -109,7 +115,8 @@ cdef class Scheduler:
     cdef EventList found
     cdef Started* started
     cdef Py_ssize_t found_capacity
-    cdef dict ids                   # request id -> address of its Request's first Sequence list
+    cdef dict ids                   # request id -> address of its Request
+    cdef dict tenants               # name -> index into the books' tenants
     cdef int64_t max_queued_requests
     cdef int64_t max_queued_tokens
     cdef readonly int64_t arena_words
@@ -126,10 +133,13 @@ cdef class Scheduler:
         str policy="fcfs",
         int64_t max_queued_requests=4096,
         int64_t max_queued_tokens=16777216,
+        int64_t patience=1024,
+        double swap_cost=0.0,
     ):
         cdef Limits limits
         cdef int32_t max_blocks = blocks_for(max_model_len)
         self.ids = {}
+        self.tenants = {}
         if num_blocks < 2:
             raise ConfigError(f"num_blocks is {num_blocks}: block 0 is reserved, give at least 2")
         if max_num_seqs < 1 or max_num_batched_tokens < 1 or max_model_len < 1:
@@ -147,6 +157,11 @@ cdef class Scheduler:
         limits.max_updates = (2 * max_blocks + 2 * limits.max_num_seqs
                               + blocks_for(max_num_batched_tokens))
         limits.max_copies = limits.max_num_seqs
+        limits.max_swaps = 2 * max_blocks if num_host_blocks > 0 else 0
+        limits.num_host_blocks = max(0, num_host_blocks)
+        limits.swap_cost = swap_cost
+        limits.patience = patience
+        limits.policy = POLICIES.index(policy)
         limits.max_held = (limits.max_copies + 2 * limits.max_num_seqs
                            + blocks_for(max_num_batched_tokens))
         if books_init(&self.books, limits, num_blocks, enable_prefix_caching) < 0:
@@ -220,7 +235,6 @@ cdef class Scheduler:
         cdef const int32_t[::1] tokens = prompt
         cdef Py_ssize_t prompt_len = tokens.shape[0]
         cdef Request* request
-        cdef Sequence* seq
         eos = tuple(dict.fromkeys(eos_token_ids))
         stops = tuple(t for t in dict.fromkeys(stop_token_ids) if t not in eos)
         self._validate(request_id, prompt_len, max_tokens, min_tokens, len(eos) + len(stops),
@@ -230,6 +244,7 @@ cdef class Scheduler:
         request = <Request*> calloc(1, sizeof(Request))
         if request == NULL:
             raise MemoryError("no memory for one more request")
+        request.tenant = self._tenant(tenant)
         request.id = request_id
         request.prompt_len = <int32_t> prompt_len
         request.max_len = <int32_t> min(prompt_len + max_tokens, self.books.limits.max_model_len)
@@ -255,19 +270,73 @@ cdef class Scheduler:
         request.num_eos = <int32_t> len(eos)
         request.num_end_ids = <int32_t> (len(eos) + len(stops))
         request.end_ids = <int32_t*> malloc(max(1, request.num_end_ids) * sizeof(int32_t))
-        seq = sequence_new(request, 0) if request.end_ids else NULL
-        if seq == NULL:
-            request_free(request)
-            raise MemoryError(f"no memory for a sequence of {request.max_len} tokens")
+        if request.end_ids == NULL or not add_members(&self.books, request, num_sequences,
+                                                      &tokens[0]):
+            self._drop(request)
+            raise MemoryError(f"no memory for {num_sequences} sequences of "
+                              f"{request.max_len} tokens")
         for i, token in enumerate(eos + stops):
             request.end_ids[i] = token
-        memcpy(seq.tokens, &tokens[0], prompt_len * sizeof(int32_t))
-        seq.num_tokens = <int32_t> prompt_len
-        seq.arrival = self.books.num_arrivals
         self.books.num_arrivals += 1
+        queue_push(&self.books, request.members[0])
+        self.ids[request_id] = <uintptr_t> request
+
+    cdef int32_t _tenant(self, str name) except -1:
+        """The tenant's index; a new one takes the place of one that is idle when many are."""
+        cdef int32_t index
+        cdef void* grown
+        if name in self.tenants:
+            return self.tenants[name]
+        if len(self.tenants) >= MANY_TENANTS:
+            for other, index in self.tenants.items():
+                if self.books.tenants[index].num_live == 0:
+                    del self.tenants[other]
+                    memset(&self.books.tenants[index], 0, sizeof(Tenant))
+                    self.tenants[name] = index
+                    return index
+        index = self.books.num_tenants
+        grown = realloc(self.books.tenants, (index + 1) * sizeof(Tenant))
+        if grown == NULL:
+            raise MemoryError("no memory for one more tenant")
+        self.books.tenants = <Tenant*> grown
+        memset(&self.books.tenants[index], 0, sizeof(Tenant))
+        self.books.num_tenants += 1
+        self.tenants[name] = index
+        return index
+
+    def fork(self, int64_t request_id, int32_t index, int32_t token):
+        """Add a sequence to a live request; see scheduler.pyi."""
+        cdef Request* request
+        cdef Sequence* source
+        cdef Sequence* seq
+        address = self.ids.get(request_id)
+        if address is None:
+            raise InvalidRequest("request_id", f"{request_id} is not that of a live request")
+        request = <Request*> <uintptr_t> address
+        source = request.members[index] if 0 <= index < request.num_indices else NULL
+        if source == NULL or source.finish or source.num_tokens <= request.prompt_len:
+            raise InvalidRequest("index", f"sequence {index} has no sampled token, or has ended")
+        self._reserve(self.books.num_live + 1)
+        seq = sequence_new(request)
+        if seq == NULL:
+            raise MemoryError(f"no memory for a sequence of {request.max_len} tokens")
+        memcpy(seq.tokens, source.tokens, source.num_tokens * sizeof(int32_t))
+        seq.num_tokens = source.num_tokens
+        seq.tokens[seq.num_tokens - 1] = token
+        seq.source = index
+        seq.arrival = request.first_arrival + seq.index
+        seq.born = self.books.counters.admissions
+        self.books.tenants[request.tenant].num_live += 1
         self.books.num_live += 1
         queue_push(&self.books, seq)
-        self.ids[request_id] = <uintptr_t> seq
+        return seq.index
+
+    cdef void _drop(self, Request* request):
+        """Undo an addition that ran out of memory."""
+        cdef int32_t i
+        for i in range(request.num_indices):
+            sequence_free(request.members[i])
+        request_free(request)
 
     cdef int _validate(self, int64_t request_id, int64_t prompt_len, int64_t max_tokens,
                        int64_t min_tokens, int64_t num_end_ids, int64_t num_sequences) except -1:
@@ -296,8 +365,8 @@ cdef class Scheduler:
                 f"with min_tokens at most {MAX_END_IDS} end ids (EOS and stop_token_ids) are "
                 f"possible, not {num_end_ids}; give fewer",
             )
-        if num_sequences != 1:
-            raise InvalidRequest("sampling.num_sequences", f"is {num_sequences}; it must be 1")
+        if num_sequences < 1:
+            raise InvalidRequest("sampling.num_sequences", f"is {num_sequences}; give 1 or more")
         return 0
 
     cdef int _make_room(self, int64_t prompt_len) except -1:
@@ -312,10 +381,18 @@ cdef class Scheduler:
 
     def abort(self, int64_t request_id):
         """End a request with FinishReason.ABORTED; see scheduler.pyi."""
+        cdef Request* request
+        cdef int32_t i
         address = self.ids.get(request_id)
         if address is None:
             return False
-        end_sequence(&self.books, <Sequence*> <uintptr_t> address, ABORTED)
+        request = <Request*> <uintptr_t> address
+        for i in range(request.num_indices - 1, -1, -1):
+            if request.members[i] != NULL and request.members[i].finish == 0:
+                if request.num_members == 1:
+                    end_sequence(&self.books, request.members[i], ABORTED)
+                    break  # the request may be freed
+                end_sequence(&self.books, request.members[i], ABORTED)
         self._forget_finished()
         return True
 
@@ -331,6 +408,8 @@ cdef class Scheduler:
         cdef Packed packed
         cdef Py_buffer view
         cdef Plan plan
+        cdef int32_t num_swap_out = 0
+        cdef int32_t num_swap_in = 0
         if self.books.num_planned - self.books.num_committed > 1:
             raise ValueError("two steps are in flight: commit the older one before planning")
         PyObject_GetBuffer(arena, &view, PyBUF_SIMPLE | PyBUF_WRITABLE)
@@ -340,7 +419,9 @@ cdef class Scheduler:
         with nogil:
             step = plan_step(&self.books, now)
             if step != NULL:
-                packed = pack_step(step, <int32_t*> view.buf)
+                num_swap_out = self.books.num_swap_out
+                num_swap_in = self.books.num_swap_in
+                packed = pack_step(&self.books, step, <int32_t*> view.buf)
         PyBuffer_Release(&view)
         if self.books.num_finished:
             self._forget_finished()
@@ -354,6 +435,8 @@ cdef class Scheduler:
         plan.num_sampled = step.num_sampled
         plan.num_words = packed.num_words
         plan.num_copies = step.num_copies
+        plan.num_swap_out = num_swap_out
+        plan.num_swap_in = num_swap_in
         plan.max_logprobs = packed.max_logprobs
         plan.max_kv_len = packed.max_kv_len
         plan.features = packed.features
@@ -403,9 +486,7 @@ cdef class Scheduler:
         cdef double earliest = INFINITY
         cdef Sequence* seq = self.books.first
         while seq != NULL:
-            earliest = min(earliest, seq.request.deadline)
-            if seq.request.cached_tokens < 0:
-                earliest = min(earliest, seq.request.queue_deadline)
+            earliest = min(earliest, waiting_deadline(seq))
             seq = seq.next
         return earliest
 
@@ -430,8 +511,11 @@ cdef class Scheduler:
             "folded_blocks": books.counters.folded_blocks,
             "preemptions": books.counters.preemptions,
             "preempted_tokens": books.counters.preempted_tokens,
-            "swaps_out": 0,
-            "swaps_in": 0,
+            "swaps_out": books.counters.swaps_out,
+            "swaps_in": books.counters.swaps_in,
+            "swapped_blocks": books.counters.swapped_blocks,
+            "host_blocks_free": books.num_free_host + books.num_leaving_host,
+            "forks": books.counters.forks,
             "generated_tokens": books.counters.generated_tokens,
             "admissions": books.counters.admissions,
             "queue_seconds": books.counters.queue_seconds,
@@ -441,6 +525,29 @@ cdef class Scheduler:
     def check(self):
         """Verify every invariant of pool, tree, rows and queues; raises InvariantError."""
         verify_books(&self.books)
+
+
+cdef bint add_members(Books* books, Request* request, int32_t count,
+                      const int32_t* prompt) noexcept nogil:
+    """The request's sequences: the first computes the prompt, the others fork from it."""
+    cdef Sequence* seq
+    cdef int32_t i
+    request.first_arrival = books.num_arrivals << 20
+    for i in range(count):
+        seq = sequence_new(request)
+        if seq == NULL:
+            return False
+        memcpy(seq.tokens, prompt, request.prompt_len * sizeof(int32_t))
+        seq.num_tokens = request.prompt_len
+        seq.arrival = request.first_arrival + i
+        seq.born = books.counters.admissions
+        if i:
+            seq.state = FORK
+            seq.source = 0
+    books.num_live += count
+    books.num_forks += count - 1
+    books.tenants[request.tenant].num_live += count
+    return True
 
 
 cdef Salt salt_of(str text):

@@ -6,9 +6,11 @@ from zllm.native.arena cimport MAX_END_IDS
 from zllm.native.radix_tree cimport Salt
 
 cdef enum State:
+    FORK          # shares another sequence's tokens; queued once those are computed
     WAITING       # in the queue, without row and blocks
     RUNNING       # has a row
-    PREEMPTED     # leaves its row once its steps in flight have retired, then waits
+    PREEMPTED     # leaves its row once its steps in flight have retired
+    PARTED        # these have: the next plan swaps it out or not, and queues it
     ZOMBIE        # ended; leaves its row once its steps in flight have retired, then is freed
 
 cdef enum Finish:  # the numbers of runtime/messages.py
@@ -22,8 +24,13 @@ cdef enum Finish:  # the numbers of runtime/messages.py
     QUEUE_TIMEOUT = 100
     ERROR = 101
 
+cdef struct Sequence
+
 cdef struct Request:
     int64_t id
+    int64_t first_arrival       # of its first sequence; the others follow by index
+    Sequence** members          # by index; NULL once freed
+    int32_t num_indices
     int32_t num_members         # sequences that are not freed yet
     int32_t num_unfinished
     int32_t prompt_len
@@ -35,7 +42,8 @@ cdef struct Request:
     int32_t cached_tokens       # found in the cache at its first admission; -1 before that
     int32_t features            # S_ bits
     int32_t num_logprobs
-    int32_t priority
+    int32_t priority            # higher goes first
+    int32_t tenant
     int32_t num_eos             # the first num_eos of end_ids are EOS, the rest stop ids
     int32_t num_end_ids
     int32_t* end_ids
@@ -56,8 +64,12 @@ cdef struct Sequence:
     Sequence* next
     int64_t arrival             # total order of sequences
     int64_t planned             # the last step that holds it
-    int64_t blocked             # Pool.num_returned when it last did not fit; -1: not tried
+    int64_t admitted            # the step that gave it its row
+    int64_t born                # Counters.admissions when it arrived
+    int64_t matched             # the step for which match_len was looked up
+    int32_t match_len           # cached tokens, for policies that ask
     int32_t index               # within its request
+    int32_t source              # a fork: whose blocks it may share, by index; -1: no fork
     uint8_t state
     uint8_t finish
     uint8_t needs_params        # the device does not know its row's parameters yet
@@ -66,19 +78,30 @@ cdef struct Sequence:
     int32_t num_tokens          # known tokens
     int32_t pending             # tokens that steps in flight sample
     int32_t computed            # tokens in the KV cache once all planned steps have run
+    int32_t previous            # the same before the last of them
     int32_t num_blocks
     int32_t num_sent            # entries of the block table that the device has
     int32_t num_cached          # leading blocks of the table that are nodes of the tree
     int32_t* blocks
     int32_t* tokens             # room for max_len
+    int32_t num_host            # host blocks that keep its first host_tokens tokens
+    int32_t host_tokens
+    int32_t* host_blocks
 
-cdef Sequence* sequence_new(Request* request, int32_t index) noexcept nogil
+cdef Sequence* sequence_new(Request* request) noexcept nogil
 cdef void sequence_free(Sequence* seq) noexcept nogil
 cdef void request_free(Request* request) noexcept nogil
 
 
 cdef inline int32_t blocks_for(int32_t num_tokens) noexcept nogil:
     return (num_tokens + 15) >> 4
+
+
+cdef inline double waiting_deadline(const Sequence* seq) noexcept nogil:
+    """When a waiting sequence ends; one that was admitted before has no queue timeout."""
+    if seq.request.cached_tokens < 0 and seq.request.queue_deadline < seq.request.deadline:
+        return seq.request.queue_deadline
+    return seq.request.deadline
 
 
 cdef inline int end_of(const Request* request, int32_t length, int32_t token) noexcept nogil:

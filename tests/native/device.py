@@ -1,8 +1,9 @@
 """A device made of Python lists: it executes arenas and knows which token each KV slot holds.
 
-A slot holds the whole prefix that its KV was computed from, so a row that reads a stale, foreign or
-unwritten slot is found at once. The sampled token is a function of that prefix alone: whatever the
-scheduler did with batches, caching, preemption and overlap, a request must get the same tokens.
+A slot holds the state of the prefix that its KV was computed from, and the state before it, so a
+row that reads a stale, foreign or unwritten slot is found at once. The sampled token is a function
+of the prefix alone: whatever the scheduler did with batches, caching, preemption and overlap, a
+request must get the same tokens.
 """
 
 from __future__ import annotations
@@ -19,12 +20,26 @@ VOCAB = 50
 BLOCK = 16
 
 
-def next_token(prefix: tuple[int, ...], vocab: int = VOCAB) -> int:
+Slot = tuple[int, int]
+"""The state before a token and after it."""
+
+
+def extend(state: int, token: int) -> int:
+    """The state of a prefix after one more token; that of the empty one is 0."""
+    return (state * 1000003 + token + 1) % (2**61 - 1)
+
+
+def sample(state: int, vocab: int = VOCAB) -> int:
     """The model: any function of the prefix will do."""
-    value = 0
-    for token in prefix[-5:]:
-        value = (value * 31 + token + 7) % 1000003
-    return (value + len(prefix)) % vocab
+    return state % 1009 % vocab
+
+
+def next_token(prefix: tuple[int, ...], vocab: int = VOCAB) -> int:
+    """The token that the model gives after a prefix."""
+    state = 0
+    for token in prefix:
+        state = extend(state, token)
+    return sample(state, vocab)
 
 
 @dataclass
@@ -34,9 +49,9 @@ class Device:
     max_num_seqs: int
     num_blocks: int
     vocab: int = VOCAB
-    slots: dict[int, tuple[int, ...]] = field(default_factory=dict)
-    host: dict[int, list[tuple[int, ...] | None]] = field(default_factory=dict)
-    table: dict[tuple[int, int], int] = field(default_factory=dict)
+    slots: dict[int, Slot] = field(default_factory=dict)
+    host: dict[int, list[Slot | None]] = field(default_factory=dict)
+    table: dict[int, dict[int, int]] = field(default_factory=dict)
     params: dict[int, npt.NDArray[np.int32]] = field(default_factory=dict)
     last_token: dict[int, int] = field(default_factory=dict)
     tokens_computed: int = 0
@@ -65,13 +80,13 @@ class Device:
         for row, index, block in updates:
             assert 0 < block < self.num_blocks
             assert 0 <= row < self.max_num_seqs
-            self.table[row, index] = int(block)
+            self.table.setdefault(int(row), {})[int(index)] = int(block)
         for record in params:
             self.params[int(record[arena.P_ROW])] = record.copy()
         assert len(set(rows.tolist())) == num_rows, "a row stands twice in a step"
         assert q_start[num_rows] == num_tokens
         assert (np.diff(q_start)[: int(words[arena.H_NUM_DECODES])] == 1).all()
-        prefixes = [
+        states = [
             self._write(
                 int(rows[r]),
                 int(kv_len[r]),
@@ -81,14 +96,17 @@ class Device:
             for r in range(num_rows)
         ]
         sampled = np.zeros(num_rows, np.int32)
+        longest = 0
         for r in range(num_rows):
-            self._verify(int(rows[r]), prefixes[r])
+            length = int(kv_len[r] + q_start[r + 1] - q_start[r])
+            longest = max(longest, length)
+            self._verify(int(rows[r]), length)
             if flags[r] & arena.F_SAMPLE:
-                sampled[r] = next_token(prefixes[r], self.vocab)
+                sampled[r] = sample(states[r], self.vocab)
                 self.last_token[int(rows[r])] = int(sampled[r])
         self.tokens_computed += num_tokens
         assert int(words[arena.H_NUM_SAMPLED]) == int(((flags & arena.F_SAMPLE) != 0).sum())
-        assert int(words[arena.H_MAX_KV_LEN]) == max(len(prefix) for prefix in prefixes)
+        assert int(words[arena.H_MAX_KV_LEN]) == longest
         return sampled
 
     def _copy(self, words: npt.NDArray[np.int32], section: Any) -> None:
@@ -106,33 +124,38 @@ class Device:
         for (_, target), content in zip(pairs, contents, strict=True):
             self._fill(int(target), content)
 
-    def _block(self, block: int) -> list[tuple[int, ...] | None]:
+    def _block(self, block: int) -> list[Slot | None]:
         return [self.slots.get(block * BLOCK + i) for i in range(BLOCK)]
 
-    def _fill(self, block: int, content: list[tuple[int, ...] | None]) -> None:
-        for i, prefix in enumerate(content):
-            if prefix is not None:
-                self.slots[block * BLOCK + i] = prefix
+    def _fill(self, block: int, content: list[Slot | None]) -> None:
+        for i, slot in enumerate(content):
+            if slot is not None:
+                self.slots[block * BLOCK + i] = slot
             else:
                 self.slots.pop(block * BLOCK + i, None)
 
     def _slot(self, row: int, position: int) -> int:
-        return self.table[row, position // BLOCK] * BLOCK + position % BLOCK
+        return self.table[row][position // BLOCK] * BLOCK + position % BLOCK
 
-    def _write(self, row: int, start: int, tokens: list[int], flags: int) -> tuple[int, ...]:
+    def _write(self, row: int, start: int, tokens: list[int], flags: int) -> int:
         """Compute a row's tokens on top of what its table says was computed before."""
         if flags & arena.F_TOKEN_ON_DEVICE:
             assert len(tokens) == 1
             tokens = [self.last_token[row]]
-        prefix = self.slots[self._slot(row, start - 1)] if start else ()
-        assert len(prefix) == start, f"row {row} continues {len(prefix)} tokens at {start}"
+        state = self.slots[self._slot(row, start - 1)][1] if start else 0
         for i, token in enumerate(tokens):
-            prefix = (*prefix, token)
-            self.slots[self._slot(row, start + i)] = prefix
-        return prefix
+            after = extend(state, token)
+            self.slots[self._slot(row, start + i)] = (state, after)
+            state = after
+        return state
 
-    def _verify(self, row: int, prefix: tuple[int, ...]) -> None:
-        """Attention reads every slot of the row: each must hold the row's own prefix."""
-        for position in range(len(prefix)):
-            held = self.slots.get(self._slot(row, position))
-            assert held == prefix[: position + 1], f"row {row} reads a foreign slot at {position}"
+    def _verify(self, row: int, length: int) -> None:
+        """Attention reads every slot of the row: each must continue the one before it."""
+        table = self.table[row]
+        state = 0
+        for index in range((length + BLOCK - 1) // BLOCK):
+            first = table[index] * BLOCK
+            for slot in range(first, first + min(BLOCK, length - index * BLOCK)):
+                before, after = self.slots[slot]
+                assert before == state, f"row {row} reads a foreign slot in its block {index}"
+                state = after

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tests.native.device import VOCAB, Device, next_token
+from tests.native.device import VOCAB, Device, extend, sample
 from zllm.native import arena as layout
 from zllm.native.scheduler import Plan, Scheduler
 
@@ -40,13 +40,14 @@ def answer(
     eos: tuple[int, ...] = (EOS,),
 ) -> list[int]:
     """What a request must get, however it is scheduled."""
-    tokens = list(prompt)
+    state = 0
+    for token in prompt:
+        state = extend(state, token)
     out: list[int] = []
-    while len(out) < max_tokens and len(tokens) < max_model_len:
-        token = next_token(tuple(tokens))
-        tokens.append(token)
-        out.append(token)
-        if token in eos:
+    while len(out) < max_tokens and len(prompt) + len(out) < max_model_len:
+        out.append(sample(state))
+        state = extend(state, out[-1])
+        if out[-1] in eos:
             break
     return out
 

@@ -1,0 +1,153 @@
+"""Sequences that share blocks, and sequences whose blocks go to the host and back."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.native.device import next_token
+from tests.native.driver import Driver, answer, make_scheduler
+from zllm.errors import InvalidRequest
+
+
+def prompt_of(length: int, start: int = 1) -> list[int]:
+    return [1 + (start * 17 + i * i) % 49 for i in range(length)]
+
+
+@pytest.mark.parametrize("bypass", [False, True])
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 33, 90])
+def test_the_prompt_of_many_sequences_is_computed_once(
+    length: int, overlap: bool, bypass: bool
+) -> None:
+    driver = Driver(make_scheduler(max_num_batched_tokens=32), overlap=overlap)
+    prompt = prompt_of(length)
+    driver.add(1, prompt, num_sequences=4, max_tokens=20, eos_token_ids=(), bypass_cache=bypass)
+    driver.run()
+    for index in range(4):
+        assert driver.results[1, index].tokens == answer(prompt, 20, eos=())
+    # Each fork computes the prompt's last token again: it needs logits of its own.
+    assert driver.device.tokens_computed == length + 3 + 4 * 19
+    assert driver.scheduler.stats()["forks"] == (3 if length > 1 else 0)
+
+
+def test_forks_share_the_prompts_blocks_and_copy_the_one_they_write_to() -> None:
+    driver = Driver(make_scheduler(), overlap=False)
+    driver.add(1, prompt_of(40), num_sequences=4, max_tokens=4, eos_token_ids=())
+    driver.step()
+    plan = driver.plan()
+    assert plan is not None
+    assert plan.num_copies == 3
+    stats = driver.scheduler.stats()
+    assert stats["blocks_total"] - stats["blocks_free"] == 2 + 4
+    driver.commit()
+    driver.run()
+
+
+def test_forks_differ_in_their_seeds() -> None:
+    driver = Driver(make_scheduler())
+    driver.add(1, prompt_of(9), num_sequences=3, seed=77, temperature=1.0, max_tokens=3)
+    driver.run()
+    seeds = {tuple(driver.device.params[row][5:7].tolist()) for row in range(3)}
+    assert len(seeds) == 3
+
+
+def test_aborting_a_request_ends_all_its_sequences() -> None:
+    for turns in range(10):
+        driver = Driver(make_scheduler(max_num_seqs=2), max_num_seqs=2)
+        driver.add(1, prompt_of(40), num_sequences=4, max_tokens=6, eos_token_ids=())
+        for _ in range(turns):
+            driver.step()
+        assert driver.scheduler.abort(1)
+        driver.run()
+        assert {driver.results[1, index].finish for index in range(4)} <= {3, 6}
+        assert driver.scheduler.stats()["blocks_free"] == 63
+
+
+def test_forks_of_a_request_that_ends_before_its_prompt_end_too() -> None:
+    driver = Driver(make_scheduler(max_num_batched_tokens=4))
+    driver.add(1, prompt_of(100), num_sequences=3, time_limit=5.0)
+    driver.run()
+    assert [driver.results[1, index].finish for index in range(3)] == [5, 5, 5]
+
+
+def test_a_beam_forks_from_a_running_sequence() -> None:
+    driver = Driver(make_scheduler(), overlap=False)
+    prompt = prompt_of(37)
+    driver.add(1, prompt, max_tokens=12, eos_token_ids=())
+    for _ in range(5):
+        driver.step()
+    first = list(driver.results[1, 0].tokens)
+    assert driver.scheduler.fork(1, 0, 44) == 1
+    driver.results[1, 1] = type(driver.results[1, 0])()
+    computed = driver.device.tokens_computed
+    driver.step()
+    assert driver.device.tokens_computed == computed + 2
+    driver.run()
+    tokens = [*prompt, *first[:-1], 44]
+    expected = []
+    while len(tokens) < len(prompt) + 12:
+        expected.append(next_token(tuple(tokens)))
+        tokens.append(expected[-1])
+    assert driver.results[1, 1].tokens == expected
+    assert driver.results[1, 0].tokens == answer(prompt, 12, eos=())
+
+
+def test_a_fork_needs_a_live_source_with_a_sampled_token() -> None:
+    driver = Driver(make_scheduler())
+    driver.add(1, prompt_of(5), max_tokens=3)
+    with pytest.raises(InvalidRequest, match="sequence 0 has no sampled token"):
+        driver.scheduler.fork(1, 0, 3)
+    with pytest.raises(InvalidRequest, match="2 is not that of a live request"):
+        driver.scheduler.fork(2, 0, 3)
+    driver.run()
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_swapped_sequences_compute_no_token_twice(overlap: bool) -> None:
+    scheduler = make_scheduler(num_blocks=13, num_host_blocks=64)
+    driver = Driver(scheduler, num_blocks=13, overlap=overlap)
+    for i in range(8):
+        driver.add(i, prompt_of(20, i), max_tokens=100, eos_token_ids=())
+    driver.run()
+    for i in range(8):
+        assert driver.results[i, 0].tokens == answer(prompt_of(20, i), 100, eos=())
+    stats = scheduler.stats()
+    assert stats["preemptions"] == stats["swaps_out"] > 0
+    assert stats["preempted_tokens"] == 0
+    assert driver.device.tokens_computed == 8 * (20 + 99)
+    assert stats["host_blocks_free"] == 64
+
+
+def test_a_sequence_is_computed_again_where_swapping_costs_more() -> None:
+    scheduler = make_scheduler(num_blocks=13, num_host_blocks=64, swap_cost=17.0)
+    driver = Driver(scheduler, num_blocks=13)
+    for i in range(8):
+        driver.add(i, prompt_of(20, i), max_tokens=100, eos_token_ids=())
+    driver.run()
+    stats = scheduler.stats()
+    assert stats["swaps_out"] == 0
+    assert stats["preempted_tokens"] > 0
+
+
+def test_a_full_host_falls_back_to_computing_again() -> None:
+    scheduler = make_scheduler(num_blocks=13, num_host_blocks=4)
+    driver = Driver(scheduler, num_blocks=13)
+    for i in range(8):
+        driver.add(i, prompt_of(20, i), max_tokens=100, eos_token_ids=())
+    driver.run()
+    for i in range(8):
+        assert driver.results[i, 0].tokens == answer(prompt_of(20, i), 100, eos=())
+    assert scheduler.stats()["preempted_tokens"] > 0
+
+
+def test_the_victim_is_the_sequence_that_loses_least() -> None:
+    scheduler = make_scheduler(num_blocks=16, max_model_len=300)
+    driver = Driver(scheduler, num_blocks=16, overlap=False)
+    for i, length in enumerate([60, 20, 70]):
+        driver.add(i, prompt_of(length, i), max_tokens=150, eos_token_ids=())
+    while scheduler.stats()["preemptions"] == 0:
+        driver.step()
+    lengths = [length + len(driver.results[i, 0].tokens) for i, length in enumerate([60, 20, 70])]
+    assert scheduler.stats()["preempted_tokens"] < min(lengths[0], lengths[2])
+    assert scheduler.stats()["preempted_tokens"] <= lengths[1]
+    driver.run()
