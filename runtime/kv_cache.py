@@ -47,6 +47,14 @@ class KVCache:
         """The allocation with the block as its first dimension: what copies and swaps move."""
         return self.data if self.layout == "block_major" else self.data.permute(2, 0, 1, 3, 4, 5)
 
+    def runs(self) -> Tensor:
+        """[num_blocks, runs, width]: a block as its contiguous runs, for kernels that copy it."""
+        blocks = self.num_blocks
+        if self.layout == "block_major":
+            return self.data.view(blocks, 1, -1)
+        layers = self.data.shape[0]
+        return self.data.view(2 * layers, blocks, -1).transpose(0, 1)
+
 
 def block_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     """Bytes of one block over all layers, keys and values."""
@@ -60,15 +68,17 @@ def allocate_kv_cache(
     dtype: torch.dtype,
     device: torch.device,
     layout: Layout = "block_major",
+    *,
+    pinned: bool = False,
 ) -> KVCache:
     """A cache of `num_blocks`, all zero: what is masked is multiplied by 0, and must be finite."""
     run = (config.num_kv_heads, BLOCK_SIZE, config.head_dim)
     if layout == "block_major":
-        data = _zeros((num_blocks, config.num_layers, 2, *run), dtype, device)
+        data = _zeros((num_blocks, config.num_layers, 2, *run), dtype, device, pinned)
         keys = [data[:, layer, 0] for layer in range(config.num_layers)]
         values = [data[:, layer, 1] for layer in range(config.num_layers)]
     else:
-        data = _zeros((config.num_layers, 2, num_blocks, *run), dtype, device)
+        data = _zeros((config.num_layers, 2, num_blocks, *run), dtype, device, pinned)
         keys = [data[layer, 0] for layer in range(config.num_layers)]
         values = [data[layer, 1] for layer in range(config.num_layers)]
     return KVCache(data, keys, values, layout)
@@ -84,10 +94,12 @@ def copy_blocks(source: KVCache, target: KVCache, pairs: Tensor) -> None:
         target.by_block().index_copy_(0, targets, moved)
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _zeros(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, pinned: bool
+) -> Tensor:
     size = int(np.prod(shape)) * dtype.itemsize
-    if device.type != "cpu" or not size:
-        return torch.zeros(shape, dtype=dtype, device=device)
+    if device.type != "cpu" or pinned or not size:
+        return torch.zeros(shape, dtype=dtype, device=device, pin_memory=pinned and size > 0)
     # numpy asks the system for zero pages, which take memory only once they are written:
     # a pool that is sized for the worst case costs what is used.
     return torch.from_numpy(np.zeros(size, np.uint8)).view(dtype).view(shape)

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from zllm.errors import ConfigError, InvariantError
+from zllm.errors import InvariantError
 from zllm.native.scheduler import Plan
 from zllm.runtime.config import EngineConfig
 from zllm.runtime.messages import TokenLogprobs
@@ -80,6 +80,17 @@ class ModelRunner(Protocol):
         ...
 
 
+def spread_rows(
+    values: npt.NDArray[Any], num_rows: int, rows: npt.NDArray[np.intp]
+) -> npt.NDArray[Any]:
+    """[S, ...] -> [num_rows, ...]: sampled rows to their places in the step, zeros elsewhere."""
+    if len(rows) == num_rows:
+        return values
+    out = np.zeros((num_rows, *values.shape[1:]), values.dtype)
+    out[rows] = values
+    return out
+
+
 def make_runner(config: EngineConfig) -> ModelRunner:
     """The runner of the config's device. Raises ConfigError, ModelLoadError."""
     device = config.device
@@ -89,4 +100,6 @@ def make_runner(config: EngineConfig) -> ModelRunner:
         from zllm.runtime.torch_runner import TorchRunner
 
         return TorchRunner(config)
-    raise ConfigError("device is 'cuda': only 'cpu' is supported")
+    from zllm.runtime.cuda_runner import CudaRunner
+
+    return CudaRunner(config)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ from zllm.runtime.hub import resolve_model
 from zllm.runtime.kv_cache import KVCache, allocate_kv_cache, block_bytes, copy_blocks
 from zllm.runtime.loader import dummy_weights, load_weights, weights_bytes
 from zllm.runtime.model_config import ModelConfig
-from zllm.runtime.model_runner import StepResult
+from zllm.runtime.model_runner import StepResult, spread_rows
 from zllm.runtime.models.registry import model_class
 from zllm.runtime.ops import Batch, Sampled, SamplingStep
 from zllm.runtime.row_tables import allocate_row_tables
@@ -135,22 +135,15 @@ class TorchRunner:
 def _by_row(sampled: Sampled, num_rows: int, rows: npt.NDArray[np.intp]) -> StepResult:
     """Spread the sampled rows over the step's rows."""
 
-    def spread(values: Tensor | None) -> npt.NDArray[np.generic] | None:
-        if values is None:
-            return None
-        found = values.numpy()
-        if len(rows) == num_rows:
-            return found
-        out = np.zeros((num_rows, *found.shape[1:]), found.dtype)
-        out[rows] = found
-        return out
+    def spread(values: Tensor | None) -> npt.NDArray[Any] | None:
+        return None if values is None else spread_rows(values.numpy(), num_rows, rows)
 
     return StepResult(
-        cast("npt.NDArray[np.int32]", spread(sampled.tokens)),
-        cast("npt.NDArray[np.float32] | None", spread(sampled.logprobs)),
-        cast("npt.NDArray[np.int32] | None", spread(sampled.ranks)),
-        cast("npt.NDArray[np.int32] | None", spread(sampled.top_ids)),
-        cast("npt.NDArray[np.float32] | None", spread(sampled.top_logprobs)),
+        spread_rows(sampled.tokens.numpy(), num_rows, rows),
+        spread(sampled.logprobs),
+        spread(sampled.ranks),
+        spread(sampled.top_ids),
+        spread(sampled.top_logprobs),
     )
 
 

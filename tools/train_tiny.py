@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch.nn import functional
 from transformers import Qwen3Config, Qwen3ForCausalLM
+
 from zllm.runtime import tiny_tasks
 
 ROW = 1024

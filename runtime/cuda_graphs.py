@@ -1,0 +1,74 @@
+"""CUDA graphs of a step: a body by padded token count, a head by padded sample count.
+
+The body runs from the arena to the hidden states of the sampled tokens, the head from those to
+sampled tokens. Neither knows anything of a step but its padded sizes: the real ones are read from
+the arena on the device. All graphs share one memory pool, since only one runs at a time.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Buckets:
+    """The sizes that graphs are captured at, ascending."""
+
+    decode: tuple[int, ...]
+    """Sequences of a pure decode step; also the samples of any step."""
+    mixed: tuple[int, ...]
+    """Tokens of a step with prefill chunks."""
+
+
+def choose_buckets(max_num_seqs: int, max_num_batched_tokens: int) -> Buckets:
+    """Steps that pad by an eighth at most, up to where launches no longer matter."""
+    decode = {1, 2, 4, *range(8, 65, 8), *range(80, 257, 16), *range(288, max_num_seqs, 32)}
+    mixed = {64, 128, 192, *range(256, 1024, 128), *range(1024, 2049, 256)}
+    top = min(max_num_seqs, max_num_batched_tokens)
+    return Buckets(
+        decode=(*sorted(size for size in decode if size < top), top),
+        mixed=tuple(sorted(size for size in mixed if size <= max_num_batched_tokens)),
+    )
+
+
+def bucket_of(size: int, buckets: tuple[int, ...]) -> int | None:
+    """The smallest bucket that holds `size`; None where all are smaller."""
+    index = bisect_left(buckets, size)
+    return buckets[index] if index < len(buckets) else None
+
+
+class StepGraphs:
+    """Captured bodies and heads. The functions must only launch work on the current stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+        self._graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}
+
+    def capture(self, kind: str, sizes: tuple[int, ...], run: Callable[[int], object]) -> None:
+        """Capture `run(size)` for each size, largest first, so that the pool grows once."""
+        stream = torch.cuda.Stream(self._device)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            for size in reversed(sizes):
+                # Kernels load and libraries choose algorithms before the capture, not in it.
+                run(size)
+                graph = torch.cuda.CUDAGraph()
+                # Not torch.cuda.graph(): its garbage collection would take most of the time.
+                graph.capture_begin(pool=self._pool)
+                try:
+                    run(size)
+                finally:
+                    graph.capture_end()
+                self._graphs[kind, size] = graph
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+
+    def replay(self, kind: str, size: int) -> None:
+        self._graphs[kind, size].replay()
+
+    def __len__(self) -> int:
+        return len(self._graphs)

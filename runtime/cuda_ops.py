@@ -1,0 +1,99 @@
+"""The compute interface on our CUDA kernels; matrix products are cuBLAS's where it is faster."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zllm.cuda import activation, embedding, norm, rope_cache
+from zllm.cuda.attention import PagedAttention
+from zllm.cuda.launcher import KernelLibrary
+from zllm.cuda.linear import SkinnyLinear
+from zllm.runtime.kv_cache import KVCache
+from zllm.runtime.ops import Batch
+
+
+class CudaOps:
+    """Ops (runtime/ops.py). Everything is launched on torch's current stream."""
+
+    def __init__(self, kernels: KernelLibrary, attention: PagedAttention) -> None:
+        self.device = torch.device("cuda", kernels.device)
+        self._kernels = kernels
+        self._attention = attention
+        self._skinny = SkinnyLinear(kernels)
+        self._one = torch.ones(1, dtype=torch.float32, device=self.device)
+
+    def embed(self, table: Tensor, tokens: Tensor) -> Tensor:
+        return embedding.embed(self._kernels, table, tokens)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return norm.rms_norm(self._kernels, x, weight, eps)
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return norm.add_rms_norm(self._kernels, x, residual, weight, eps)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        rows, (out, width) = x.shape[0], weight.shape
+        if bias is None and self._skinny.supports(rows, out, width, x.dtype):
+            return self._skinny.linear(x, weight)
+        return F.linear(x, weight, bias)
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        return activation.silu_mul(self._kernels, gate_up)
+
+    def rope_and_cache(
+        self,
+        qkv: Tensor,
+        batch: Batch,
+        cache: KVCache,
+        layer: int,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        cos_sin: Tensor,
+        q_norm: Tensor | None = None,
+        k_norm: Tensor | None = None,
+        eps: float = 1e-6,
+    ) -> Tensor:
+        del num_kv_heads, head_dim  # the cache has them in its shape
+        scale = self._scale(cache)
+        return rope_cache.rope_cache(
+            self._kernels,
+            qkv,
+            batch.positions,
+            batch.slots,
+            cache.keys[layer],
+            cache.values[layer],
+            cos_sin,
+            num_heads=num_heads,
+            q_norm=q_norm,
+            k_norm=k_norm,
+            k_scale=scale,
+            v_scale=scale,
+            eps=eps,
+        )
+
+    def attention(
+        self, q: Tensor, batch: Batch, cache: KVCache, layer: int, *, scale: float
+    ) -> Tensor:
+        kv_scale = self._scale(cache)
+        return self._attention.run(
+            q,
+            cache.keys[layer],
+            cache.values[layer],
+            batch.block_table,
+            batch.work,
+            scale=scale,
+            k_scale=kv_scale,
+            v_scale=kv_scale,
+        )
+
+    def take_rows(self, x: Tensor, index: Tensor) -> Tensor:
+        return embedding.take_rows(self._kernels, x, index)
+
+    def _scale(self, cache: KVCache) -> Tensor | None:
+        """What a float8 cache's entries are multiplied by. Keys are normalized and values small,
+        so e4m3's range of 448 needs no other scale than 1 (docs/decisions/003-fp8-kv-scale.md)."""
+        return self._one if cache.data.dtype == torch.float8_e4m3fn else None

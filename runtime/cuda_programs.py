@@ -1,0 +1,86 @@
+"""What a model's steps look like on the GPU, and the kernels to compile for them at start."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from zllm.cuda import activation, attention, embedding, norm, rope_cache
+from zllm.cuda.attention import AttentionSpec
+from zllm.cuda.compiler import Program
+from zllm.cuda.launcher import KernelLibrary
+from zllm.cuda.linear import SkinnyLinear
+from zllm.errors import ConfigError
+from zllm.runtime import cuda_step
+from zllm.runtime.config import EngineConfig
+from zllm.runtime.model_config import ModelConfig
+
+_MAX_NUM_BATCHED_TOKENS = 8192
+_KV_DTYPES = {"fp8_e4m3": torch.float8_e4m3fn}
+
+
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """The limits and types of every step."""
+
+    max_tokens: int
+    max_rows: int
+    max_model_len: int
+    """Before memory has its say."""
+    dtype: torch.dtype
+    attention: AttentionSpec
+
+    @staticmethod
+    def of(config: EngineConfig, model: ModelConfig) -> StepShape:
+        """Raises ConfigError where the settings and the model do not agree."""
+        dtype = model.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+        name = config.kv_cache_dtype
+        kv_dtype = dtype if name == "auto" else _KV_DTYPES.get(name) or getattr(torch, name)
+        limit = model.max_position_embeddings
+        if config.max_model_len is not None and config.max_model_len > limit:
+            raise ConfigError(
+                f"max_model_len is {config.max_model_len}: the model's positions end at {limit}"
+            )
+        max_tokens = config.max_num_batched_tokens or _MAX_NUM_BATCHED_TOKENS
+        return StepShape(
+            max_tokens=max(max_tokens, config.max_num_seqs),
+            max_rows=config.max_num_seqs,
+            max_model_len=config.max_model_len or limit,
+            dtype=dtype,
+            attention=AttentionSpec(
+                model.num_heads, model.num_kv_heads, model.head_dim, dtype, kv_dtype
+            ),
+        )
+
+
+def compile_kernels(kernels: KernelLibrary, model: ModelConfig, shape: StepShape) -> None:
+    """Bring every program that serving this model launches into the cache, with a progress bar."""
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task("Compiling kernels", total=None)
+        kernels.prepare(
+            _programs(kernels, model, shape),
+            lambda done, total, _: bar.update(task, completed=done, total=total),
+        )
+
+
+def _programs(kernels: KernelLibrary, model: ModelConfig, shape: StepShape) -> Iterator[Program]:
+    dtype, spec = shape.dtype, shape.attention
+    for rows in (1, shape.max_tokens):
+        yield norm.program(dtype, model.hidden_size, rows)
+    yield activation.program(dtype, model.intermediate_size)
+    yield embedding.PROGRAM
+    yield rope_cache.program(
+        dtype, spec.kv_dtype, model.num_heads, model.num_kv_heads, model.head_dim, qk_norm=True
+    )
+    yield from attention.programs(spec, kernels.compiler.arch)
+    yield from cuda_step.programs(dtype, model.vocab_size)
+    heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    skinny = SkinnyLinear(kernels)
+    for out in (heads, model.hidden_size, 2 * model.intermediate_size, model.vocab_size):
+        if dtype != torch.float32:
+            yield from skinny.programs(out, dtype)

@@ -1,0 +1,250 @@
+"""The GPU's runner: the batch lives on the device, and a step is one copy and two graph launches.
+
+A step sends its arena (cython/arena.pxd) to the device, then runs a body (from the arena to the
+hidden states of the sampled tokens) and a head (logits, sampling): CUDA graphs where the step fits
+one, single launches elsewhere. Sampled tokens stay on the device for the next step, and reach the
+host through pinned memory.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from zllm.cuda.attention import PagedAttention
+from zllm.cuda.launcher import KernelLibrary
+from zllm.native import arena as layout
+from zllm.native.scheduler import Plan
+from zllm.runtime.config import BLOCK_SIZE, EngineConfig
+from zllm.runtime.cuda_graphs import StepGraphs, bucket_of, choose_buckets
+from zllm.runtime.cuda_memory import plan_memory, pool_line
+from zllm.runtime.cuda_ops import CudaOps
+from zllm.runtime.cuda_programs import StepShape, compile_kernels
+from zllm.runtime.cuda_step import EDITS, CudaStep
+from zllm.runtime.hub import resolve_model
+from zllm.runtime.kv_cache import allocate_kv_cache, block_bytes
+from zllm.runtime.loader import dummy_weights, load_weights, weights_bytes
+from zllm.runtime.model_config import ModelConfig
+from zllm.runtime.model_runner import StepResult, spread_rows
+from zllm.runtime.models.registry import model_class
+from zllm.runtime.ops import Sampled
+from zllm.runtime.row_tables import allocate_row_tables
+
+_GIB = 1024**3
+
+
+@dataclass(frozen=True, slots=True)
+class _Ticket:
+    """A launched step: when it is done, and where its tokens are."""
+
+    done: torch.cuda.Event
+    step: int
+    arena: npt.NDArray[np.int32]
+    """The host's copy, which stays as it is until the step is collected."""
+    num_rows: int
+    sampled_rows: npt.NDArray[np.intp]
+    sampled: Sampled | None
+    """Log-probabilities on the device, where some row asked for them."""
+
+
+class CudaRunner:
+    """ModelRunner (runtime/model_runner.py) on one NVIDIA GPU."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        started = time.perf_counter()
+        kernels = KernelLibrary()
+        self.device = torch.device("cuda", kernels.device)
+        folder = resolve_model(config.model)
+        model_config = ModelConfig.from_folder(folder)
+        self._shape = shape = StepShape.of(config, model_config)
+        self.max_num_batched_tokens = shape.max_tokens
+        compile_kernels(kernels, model_config, shape)
+        compiled = time.perf_counter()
+
+        model = model_class(model_config)
+        parameters = list(model.parameters(model_config))
+        if config.load_format == "dummy":
+            std = model_config.initializer_range
+            weights = dummy_weights(parameters, shape.dtype, self.device, std=std, seed=config.seed)
+        else:
+            weights = load_weights(folder, parameters, shape.dtype, self.device)
+        torch.cuda.synchronize(self.device)
+        loaded = time.perf_counter()
+
+        self._model = model(model_config, weights, shape.max_model_len, self.device)
+        spec = shape.attention
+        self._tables = allocate_row_tables(shape.max_rows, shape.max_model_len, self.device)
+        attention = PagedAttention(
+            kernels, spec, max_rows=shape.max_rows, max_tokens=shape.max_tokens
+        )
+        self._ops = CudaOps(kernels, attention)
+        self._step = CudaStep(
+            kernels,
+            self._tables,
+            attention,
+            max_tokens=shape.max_tokens,
+            max_samples=shape.max_rows,
+            hidden_size=model_config.hidden_size,
+            vocab_size=model_config.vocab_size,
+            dtype=shape.dtype,
+        )
+        self._cache = allocate_kv_cache(model_config, 1, spec.kv_dtype, self.device)
+        step_peak = self._profile()
+
+        size = weights_bytes(weights)
+        per_block = block_bytes(model_config, spec.kv_dtype)
+        memory = plan_memory(
+            self.device,
+            weights=size,
+            step_peak=step_peak,
+            block_bytes=per_block,
+            utilization=config.gpu_memory_utilization,
+            wanted_blocks=config.num_kv_blocks,
+            request_blocks=-(-shape.max_model_len // BLOCK_SIZE),
+            shrink=config.max_model_len is None,
+        )
+        self.max_model_len = min(shape.max_model_len, memory.num_blocks * BLOCK_SIZE)
+        self.num_kv_blocks = memory.num_blocks + 1
+        self.num_host_blocks = int(config.swap_space_gib * _GIB) // per_block
+        self._cache = allocate_kv_cache(
+            model_config, self.num_kv_blocks, spec.kv_dtype, self.device
+        )
+        self._host_cache = allocate_kv_cache(
+            model_config, self.num_host_blocks, spec.kv_dtype, torch.device("cpu"), pinned=True
+        )
+        self._buckets = choose_buckets(shape.max_rows, shape.max_tokens)
+        self._graphs: StepGraphs | None = None if config.enforce_eager else StepGraphs(self.device)
+        self._host_arenas: tuple[torch.Tensor, ...] = ()
+        self.arenas = (np.zeros(0, np.int32), np.zeros(0, np.int32))
+        self.report = [
+            f"model: {model_config.architecture}, {model_config.num_parameters / 1e6:,.1f} M "
+            f"parameters, {size / _GIB:.2f} GiB in {str(shape.dtype).removeprefix('torch.')}, "
+            f"loaded at {size / 1e9 / max(loaded - compiled, 1e-9):.1f} GB/s",
+            f"device: {torch.cuda.get_device_name(self.device)}, kernels for "
+            f"{kernels.compiler.arch}: {kernels.compiler.compiled} compiled, the rest cached, "
+            f"in {compiled - started:.1f} s",
+            *memory.lines(),
+            pool_line(memory.num_blocks, per_block, self.max_model_len),
+        ]
+
+    def allocate_arenas(self, num_words: int) -> None:
+        """Make the pinned arenas, then capture the graphs, which read the device's copy."""
+        self._host_arenas = tuple(
+            torch.zeros(num_words, dtype=torch.int32, pin_memory=True) for _ in range(2)
+        )
+        first, second = (arena.numpy() for arena in self._host_arenas)
+        self.arenas = (first, second)
+        self._step.allocate_arena(num_words)
+        if self._graphs is not None:
+            started = time.perf_counter()
+            self._capture(self._graphs)
+            took = time.perf_counter() - started
+            self.report.append(f"CUDA graphs: {len(self._graphs)} captured in {took:.1f} s")
+
+    def launch(self, plan: Plan, arena_index: int) -> _Ticket:
+        arena, host = self._host_arenas[arena_index], self.arenas[arena_index]
+        words = plan.num_words
+        self._step.arena[:words].copy_(arena[:words], non_blocking=True)
+        if plan.num_swap_out or plan.num_swap_in or plan.num_copies:
+            self._step.move_blocks(plan, host, self._cache, self._host_cache)
+        self._run_body(plan.num_tokens, decode_only=plan.num_decodes == plan.num_tokens)
+        sampled = self._run_head(plan) if plan.num_sampled else None
+        done = torch.cuda.Event()
+        done.record()
+        if plan.num_sampled == plan.num_rows:
+            rows = np.arange(plan.num_rows)
+        else:
+            start = host[layout.H_FLAGS]
+            rows = np.flatnonzero(host[start : start + plan.num_rows] & layout.F_SAMPLE)
+        return _Ticket(done, plan.step, host, plan.num_rows, rows, sampled)
+
+    def collect(self, ticket: _Ticket) -> StepResult:
+        ticket.done.synchronize()
+        rows, num_rows = ticket.sampled_rows, ticket.num_rows
+        count = len(rows)
+        tokens = self._step.host_tokens[ticket.step & 1, :count].numpy().copy()
+        if (tokens < 0).any():
+            self._scrub(ticket.arena, rows[tokens < 0])
+        sampled = ticket.sampled
+        if sampled is None or sampled.logprobs is None:
+            return StepResult(spread_rows(tokens, num_rows, rows))
+        extras = (sampled.logprobs, sampled.ranks, sampled.top_ids, sampled.top_logprobs)
+        found = [
+            None if x is None else spread_rows(x[:count].cpu().numpy(), num_rows, rows)
+            for x in extras
+        ]
+        return StepResult(spread_rows(tokens, num_rows, rows), *found)
+
+    def close(self) -> None:
+        torch.cuda.synchronize(self.device)
+        del self._graphs, self._model, self._cache, self._host_cache, self._step, self._ops
+        torch.cuda.empty_cache()
+
+    def _run_body(self, num_tokens: int, *, decode_only: bool) -> None:
+        kind = "decode" if decode_only else "mixed"
+        sizes = self._buckets.decode if decode_only else self._buckets.mixed
+        size = bucket_of(num_tokens, sizes)
+        if size is None or self._graphs is None:
+            self._body(num_tokens, decode_only=decode_only)
+        else:
+            self._graphs.replay(kind, size)
+
+    def _run_head(self, plan: Plan) -> Sampled | None:
+        edits = bool(plan.features & EDITS)
+        size = bucket_of(plan.num_sampled, self._buckets.decode)
+        if edits or plan.max_logprobs >= 0 or size is None or self._graphs is None:
+            return self._head(plan.num_sampled, edits=edits, max_logprobs=plan.max_logprobs)
+        self._graphs.replay("head", size)
+        return None
+
+    def _body(self, num_tokens: int, *, decode_only: bool) -> None:
+        """From the arena to the hidden states of the sampled tokens. Launches only."""
+        num_rows = num_tokens if decode_only else min(num_tokens, self._shape.max_rows)
+        batch = self._step.prepare(num_tokens, num_rows, decode_only=decode_only)
+        hidden = self._model.forward(self._ops, batch, self._cache)
+        self._step.take_hidden(hidden, batch)
+
+    def _head(self, size: int, *, edits: bool = False, max_logprobs: int = -1) -> Sampled:
+        """From those hidden states to sampled tokens. Launches only."""
+        logits = self._model.logits(self._ops, self._step.hidden[:size])
+        return self._step.sample(logits, edits=edits, max_logprobs=max_logprobs)
+
+    def _capture(self, graphs: StepGraphs) -> None:
+        buckets = self._buckets
+        graphs.capture("mixed", buckets.mixed, lambda n: self._body(n, decode_only=False))
+        graphs.capture("decode", buckets.decode, lambda n: self._body(n, decode_only=True))
+        graphs.capture("head", buckets.decode, self._head)
+        torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()
+
+    def _profile(self) -> int:
+        """Bytes that the largest step takes beyond what is allocated before it."""
+        torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        self._body(self._shape.max_tokens, decode_only=False)
+        self._head(self._shape.max_rows)
+        torch.cuda.synchronize(self.device)
+        peak = torch.cuda.max_memory_allocated(self.device) - before
+        torch.cuda.empty_cache()
+        return peak
+
+    def _scrub(self, arena: npt.NDArray[np.int32], failed: npt.NDArray[np.intp]) -> None:
+        """Make failed rows' cache finite: whoever gets their blocks next multiplies what is masked
+        by 0, and NaN would survive that. A step in flight that still writes more of it fails too,
+        and is scrubbed in its turn."""
+        start = arena[layout.H_ROWS]
+        rows = torch.from_numpy(arena[start + failed].astype(np.int64)).to(self.device)
+        blocks = self._tables.block_table[rows].unique().long()
+        by_block = self._cache.by_block()
+        if by_block.dtype == torch.float8_e4m3fn:
+            bits = by_block.view(torch.uint8)
+            found = bits[blocks]
+            bits.index_copy_(0, blocks, found.masked_fill(found & 0x7F == 0x7F, 0))
+        else:
+            by_block.index_copy_(0, blocks, by_block[blocks].nan_to_num(0.0, 0.0, 0.0))

@@ -1,0 +1,151 @@
+"""What surrounds the model's layers in a step on the GPU: the arena's expansion, and sampling.
+
+All buffers are as large as the largest step and stay where they are, so that graphs of every size
+share them. Nothing here reads a real size on the host.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from zllm.cuda import batch as batch_kernels
+from zllm.cuda import blocks, embedding, publish, sampler
+from zllm.cuda.attention import PagedAttention
+from zllm.cuda.compiler import Program
+from zllm.cuda.launcher import KernelLibrary
+from zllm.native import arena as layout
+from zllm.native.scheduler import Plan
+from zllm.runtime.kv_cache import KVCache
+from zllm.runtime.ops import Batch, Sampled
+from zllm.runtime.row_tables import RowTables
+
+EDITS = layout.S_MIN_TOKENS | layout.S_PENALTIES | layout.S_BIAS
+"""Features that change the logits before they are sampled."""
+
+
+class CudaStep:
+    """The device's buffers of one engine."""
+
+    def __init__(
+        self,
+        kernels: KernelLibrary,
+        tables: RowTables,
+        attention: PagedAttention,
+        *,
+        max_tokens: int,
+        max_samples: int,
+        hidden_size: int,
+        vocab_size: int,
+        dtype: torch.dtype,
+    ) -> None:
+        self._kernels = kernels
+        self._attention = attention
+        self._device = torch.device("cuda", kernels.device)
+        self._tables = batch_kernels.BatchTables(
+            tables.block_table, tables.params, tables.last_token
+        )
+        self._expand = batch_kernels.BatchExpander(kernels, layout.MACROS)
+        self._batch = batch_kernels.allocate(max_tokens, max_samples, max_samples, kernels.device)
+        self._sampler = sampler.Sampler(kernels, layout.MACROS, dtype, vocab_size, max_samples)
+        self._tokens = torch.zeros(max_samples, dtype=torch.int32, device=self._device)
+        self.hidden = torch.zeros(max_samples, hidden_size, dtype=dtype, device=self._device)
+        """[max_samples, H]: where a step's body leaves the sampled tokens' hidden states."""
+        self.host_tokens = torch.zeros(2, max_samples, dtype=torch.int32, pin_memory=True)
+        """[2, max_samples]: sampled tokens of even and of odd steps."""
+        self.arena = torch.zeros(layout.HEADER_WORDS, dtype=torch.int32, device=self._device)
+        """The step's arena on the device; `allocate_arena` gives it its size."""
+
+    def allocate_arena(self, num_words: int) -> None:
+        self.arena = torch.zeros(num_words, dtype=torch.int32, device=self._device)
+
+    def prepare(self, num_tokens: int, num_rows: int, *, decode_only: bool) -> Batch:
+        """Expand the arena to the padded sizes, and plan the attention of all layers."""
+        whole = self._batch
+        sizes = batch_kernels.BatchTensors(
+            whole.tokens[:num_tokens],
+            whole.positions[:num_tokens],
+            whole.slots[:num_tokens],
+            whole.rows[:num_rows],
+            whole.q_start[: num_rows + 1],
+            whole.kv_len[:num_rows],
+            whole.sample_tokens[:num_rows],
+            whole.sample_rows[:num_rows],
+        )
+        self._expand(self.arena, self._tables, sizes)
+        work = self._attention.plan(
+            sizes.rows, sizes.q_start, sizes.kv_len, num_tokens=num_tokens, decode_only=decode_only
+        )
+        return Batch(
+            tokens=sizes.tokens,
+            positions=sizes.positions,
+            slots=sizes.slots,
+            rows=sizes.rows,
+            q_start=sizes.q_start,
+            kv_len=sizes.kv_len,
+            sample_tokens=sizes.sample_tokens,
+            sample_rows=sizes.sample_rows,
+            block_table=self._tables.block_table,
+            work=work,
+        )
+
+    def take_hidden(self, hidden: Tensor, batch: Batch) -> None:
+        """Keep the hidden states of the sampled tokens: [P, H] -> self.hidden[:S]."""
+        index = batch.sample_tokens
+        embedding.take_rows(self._kernels, hidden, index, out=self.hidden[: index.shape[0]])
+
+    def sample(self, logits: Tensor, *, edits: bool = False, max_logprobs: int = -1) -> Sampled:
+        """[S, V] -> the tokens of the first S samples, on the device and on their way to the host.
+
+        edits: some row has a feature of EDITS. max_logprobs: as SamplingStep has it.
+        """
+        size = logits.shape[0]
+        rows = sampler.SampledRows(
+            self._batch.sample_rows[:size],
+            self._batch.sample_tokens[:size],
+            self._batch.positions,
+            self._tables.params,
+        )
+        tokens = self._tokens[:size]
+        chosen_from = logits
+        if edits:
+            # Log-probabilities are those of the unmodified distribution.
+            out = torch.empty_like(logits) if max_logprobs >= 0 else None
+            chosen_from = self._sampler.edit(logits, rows, out=out)
+        self._sampler.sample(chosen_from, rows, tokens, self._tables.last_token)
+        publish.publish(self._kernels, self.host_tokens, tokens, self.arena, layout.H_STEP)
+        if max_logprobs < 0:
+            return Sampled(tokens)
+        return Sampled(tokens, *self._sampler.logprobs(logits, tokens, max_logprobs))
+
+    def move_blocks(
+        self, plan: Plan, arena: npt.NDArray[np.int32], cache: KVCache, host: KVCache
+    ) -> None:
+        """Swap out, swap in and copy the blocks that the step's arena lists. `arena` is the
+        host's copy: sections are found there, pairs are read on the device."""
+        for count, section, counted, target, source in (
+            (plan.num_swap_out, layout.H_SWAP_OUT, layout.H_NUM_SWAP_OUT, host, cache),
+            (plan.num_swap_in, layout.H_SWAP_IN, layout.H_NUM_SWAP_IN, cache, host),
+            (plan.num_copies, layout.H_COPIES, layout.H_NUM_COPIES, cache, cache),
+        ):
+            if count:
+                start = int(arena[section])
+                blocks.copy_blocks(
+                    self._kernels,
+                    target.runs(),
+                    source.runs(),
+                    self.arena[start : start + 2 * count],
+                    self.arena[counted : counted + 1],
+                )
+
+
+def programs(dtype: torch.dtype, vocab_size: int) -> list[Program]:
+    """What a step needs besides the model's own operations."""
+    return [
+        batch_kernels.program(layout.MACROS),
+        publish.program(layout.H_STEP),
+        blocks.PROGRAM,
+        *sampler.programs(dtype, vocab_size, layout.MACROS),
+    ]
