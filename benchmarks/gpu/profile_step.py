@@ -1,0 +1,95 @@
+"""Where a decode step's time goes: kernels by time, and the gaps between steps.
+
+python benchmarks/gpu/profile_step.py 0.6b --sequences 64 [--trace FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import numpy as np
+import offline
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from zllm.runtime.messages import AddRequest, Sampling, Stopping
+
+STEPS = 20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("--sequences", type=int, nargs="+", default=[1, 64])
+    parser.add_argument("--trace", type=Path)
+    options = parser.parse_args()
+    bench = offline.Bench(options.model)
+    print("\n".join(bench.engine.ready().startup_report))
+    for sequences in options.sequences:
+        for index in range(sequences):
+            bench.engine.add(
+                AddRequest(
+                    request_id=10_000 + index,
+                    prompt=np.random.randint(0, 10_000, 1024, dtype=np.int32).tobytes(),
+                    sampling=Sampling(temperature=0.6, seed=index),
+                    stopping=Stopping(max_tokens=400),
+                )
+            )
+        for _ in range(100):
+            bench.engine.step()
+        torch.cuda.synchronize()
+        start, cpu = time.perf_counter(), time.process_time()
+        for _ in range(100):
+            bench.engine.step()
+        took, cpu = time.perf_counter() - start, time.process_time() - cpu
+        print(f"{sequences} sequences: {took * 10:.3f} ms a step, host CPU {cpu * 10:.3f} ms")
+        host = 0.0
+        for _ in range(50):
+            torch.cuda.synchronize()  # so that no wait for the device is counted
+            begin = time.perf_counter()
+            bench.engine.step()
+            host += time.perf_counter() - begin
+        print(f"  host work a step: {host * 20:.3f} ms")
+        with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
+            for _ in range(STEPS):
+                bench.engine.step()
+            torch.cuda.synchronize()
+        _report(profiler)
+        if options.trace:
+            profiler.export_chrome_trace(str(options.trace))
+        bench.engine.abort([10_000 + index for index in range(sequences)])
+        bench.drain()
+
+
+def _report(profiler: profile) -> None:
+    kernels = sorted(
+        (event for event in profiler.events() if event.device_type.name == "CUDA"),
+        key=lambda event: event.time_range.start,
+    )
+    by_name: dict[str, list[float]] = {}
+    busy, idle, end = 0.0, [], None
+    for event in kernels:
+        start, stop = event.time_range.start, event.time_range.end
+        by_name.setdefault(event.name[:70], []).append(stop - start)
+        if end is not None and start > end:
+            idle.append(start - end)
+        busy += max(stop - max(start, end or start), 0.0)
+        end = max(stop, end or stop)
+    if not kernels or end is None:
+        print("  no kernel was traced")
+        return
+    span = end - kernels[0].time_range.start
+    print(f"  device: {span / STEPS:.1f} us a step, busy {busy / span:.1%}")
+    print(f"  longest gaps: {[round(gap, 1) for gap in sorted(idle, reverse=True)[:8]]} us")
+    for name, times in sorted(by_name.items(), key=lambda item: -sum(item[1]))[:14]:
+        total = sum(times)
+        each = total / len(times)
+        print(f"  {total / STEPS:8.1f} us  {len(times) / STEPS:6.1f} x {each:7.2f}  {name}")
+
+
+if __name__ == "__main__":
+    main()
