@@ -7,7 +7,7 @@ async with AsyncClient("127.0.0.1:50051") as client:
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -100,10 +100,11 @@ class AsyncClient:
         return AsyncStream(self._generation.StreamGenerate(request, timeout=timeout))
 
     def chat(
-        self, messages: str | list[Message], *, timeout: float | None = None, **options: Any
+        self, messages: str | Sequence[Message], *, timeout: float | None = None, **options: Any
     ) -> AsyncStream:
         """Streams the next turn; a string is a single turn of the user."""
-        turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        first = {"role": "user", "content": str(messages)}
+        turns = [first] if isinstance(messages, str) else messages
         return self.stream(turns, timeout=timeout, **options)
 
     async def models(self, *, timeout: float | None = None) -> list[ModelInfo]:

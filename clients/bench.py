@@ -12,6 +12,7 @@ import json
 import random
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -102,7 +103,12 @@ async def _load(
 async def _measure(client: AsyncClient, model: str, prompt: list[int], output_len: int) -> Sample:
     started = time.monotonic()
     first, tokens = 0.0, 0
-    options = {"model": model, "max_tokens": output_len, "ignore_eos": True, "temperature": 0.0}
+    options: dict[str, Any] = {
+        "model": model,
+        "max_tokens": output_len,
+        "ignore_eos": True,
+        "temperature": 0.0,
+    }
     try:
         async for delta in client.stream(prompt, **options):
             if not tokens:

@@ -8,7 +8,7 @@ with Client("127.0.0.1:50051") as client:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -99,10 +99,11 @@ class Client:
         return Stream(self._generation.StreamGenerate(request, timeout=timeout))
 
     def chat(
-        self, messages: str | list[Message], *, timeout: float | None = None, **options: Any
+        self, messages: str | Sequence[Message], *, timeout: float | None = None, **options: Any
     ) -> Stream:
         """Streams the next turn; a string is a single turn of the user."""
-        turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        first = {"role": "user", "content": str(messages)}
+        turns = [first] if isinstance(messages, str) else messages
         return self.stream(turns, timeout=timeout, **options)
 
     def models(self, *, timeout: float | None = None) -> list[ModelInfo]:

@@ -61,5 +61,5 @@ def _details(failure: grpc.RpcError) -> status_pb2.Status | None:
 def _retry_after(details: status_pb2.Status | None) -> float:
     retry = error_details_pb2.RetryInfo()
     if details is not None and any(d.Unpack(retry) for d in details.details):
-        return retry.retry_delay.ToNanoseconds() / 1e9
+        return float(retry.retry_delay.ToNanoseconds() / 1e9)
     return 1.0

@@ -78,7 +78,7 @@ class ModelInfo:
 
 
 def finish_name(reason: int) -> str:
-    name = types_pb2.FinishReason.Name(reason)  # type: ignore[arg-type]
+    name = types_pb2.FinishReason.Name(reason)
     return str(name).removeprefix("FINISH_REASON_").lower()
 
 
@@ -133,7 +133,7 @@ def read_model(message: models_pb2.Model) -> ModelInfo:
 
 def _stop(finish: generation_pb2.SequenceFinish) -> str | int | None:
     matched = finish.WhichOneof("matched")
-    return None if matched is None else getattr(finish, matched)  # type: ignore[no-any-return]
+    return None if matched is None else getattr(finish, matched)
 
 
 def _logprobs(entries: Iterable[types_pb2.TokenLogprob]) -> tuple[Logprob, ...]:

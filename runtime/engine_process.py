@@ -96,7 +96,7 @@ class EngineLoop:
 
 
 def bind(address: str) -> zmq.Socket[bytes]:
-    socket = zmq.Context.instance().socket(zmq.PAIR)
+    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
     socket.bind(address)
     return socket
 

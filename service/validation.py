@@ -177,7 +177,7 @@ def _sampling(check: Check, params: generation_pb2.SamplingParams, model: ModelC
     """Unset: the model's own default, then the contract's."""
 
     def given(name: str, default: float) -> float:
-        if params.HasField(name):  # type: ignore[arg-type]
+        if params.HasField(name):
             return float(getattr(params, name))
         own = getattr(model, name)
         return default if own is None else float(own)

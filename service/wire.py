@@ -7,9 +7,10 @@ through a twin of its descriptor, in which every string is bytes, to find the fi
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
-from google.protobuf.descriptor import Descriptor, FieldDescriptor, FileDescriptor
+from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import DecodeError, Message
 
 from zllm.errors import InvalidRequest
@@ -44,7 +45,7 @@ def _explain(message_type: type[Message], data: bytes) -> InvalidRequest:
     return InvalidRequest(path or "request", "the string is not valid UTF-8")
 
 
-def _add_bytes_twin(pool: descriptor_pool.DescriptorPool, file: FileDescriptor) -> None:
+def _add_bytes_twin(pool: descriptor_pool.DescriptorPool, file: Any) -> None:
     for dependency in file.dependencies:
         try:
             pool.FindFileByName(dependency.name)
@@ -63,10 +64,10 @@ def _add_bytes_twin(pool: descriptor_pool.DescriptorPool, file: FileDescriptor) 
             if field.type == FieldDescriptor.TYPE_STRING and not is_key:
                 field.type = descriptor_pb2.FieldDescriptorProto.TYPE_BYTES
                 field.ClearField("default_value")
-    pool.Add(proto)  # type: ignore[no-untyped-call]
+    pool.Add(proto)
 
 
-def _first_broken_string(message: Message, original: Descriptor) -> str | None:
+def _first_broken_string(message: Message, original: Any) -> str | None:
     for twin_field, value in message.ListFields():
         field = original.fields_by_name[twin_field.name]
         if field.message_type is not None and field.message_type.GetOptions().map_entry:

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import zllm
 from zllm.errors import ConfigError, RequestError, ZllmError
@@ -151,7 +152,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stop", action="append", metavar="TEXT", help="may be given repeatedly")
 
 
-def _sampling(arguments: argparse.Namespace) -> dict[str, object]:
+def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     names = ("model", "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop")
     return {n: getattr(arguments, n) for n in names if getattr(arguments, n) is not None}
 

@@ -1,0 +1,181 @@
+"""The real command with the embedded model: it starts, answers, and ends in good order."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import pytest
+
+from zllm.clients.client import Client
+from zllm.errors import InvalidRequest, Unavailable
+from zllm.runtime.embedded import EMBEDDED_MODEL
+
+SERVE = [
+    sys.executable, "-m", "zllm", "serve", "--port", "0", "--admin-port", "0",
+    "--num-kv-blocks", "256", "--max-num-seqs", "16",
+]  # fmt: skip
+
+
+@dataclass
+class Served:
+    process: subprocess.Popen[str]
+    target: str = ""
+    lines: list[str] = field(default_factory=list)
+
+    def engine(self) -> psutil.Process:
+        (engine,) = [
+            child
+            for child in psutil.Process(self.process.pid).children()
+            if "zllm.runtime.engine_process" in child.cmdline()
+        ]
+        return engine
+
+    def end(self, number: signal.Signals = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(20)
+
+
+@contextmanager
+def serving(*arguments: str) -> Iterator[Served]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*SERVE, *arguments], stdout=subprocess.PIPE, text=True, env=environment
+    )
+    served = Served(process)
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            served.lines.append(line.strip())
+            if line.startswith("listening on "):
+                served.target = line.split()[-1]
+                break
+        assert served.target, f"it never listened: {served.lines}"
+        yield served
+    finally:
+        process.kill()
+        process.wait()
+
+
+def ask(target: str, question: str) -> str:
+    with Client(target) as client:
+        return "".join(delta.text for delta in client.chat(question, temperature=0.0))
+
+
+def is_gone(process: psutil.Process) -> bool:
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def test_a_server_says_what_it_serves_answers_and_ends_on_sigterm() -> None:
+    with serving("--served-model-name", "little") as served:
+        report = "\n".join(served.lines)
+        assert "little" in report
+        assert "256 blocks" in report
+        assert served.lines[-1] == f"listening on {served.target}"
+        engine = served.engine()
+        with Client(served.target) as client:
+            (model,) = client.models()
+            assert model.name == "little"
+            assert client.generate([{"role": "user", "content": "What is 12 + 7?"}]).text == (
+                "12 + 7 = 19"
+            )
+            with pytest.raises(InvalidRequest):
+                client.generate("x", top_p=2.0)
+            assert client.detokenize(client.tokenize("Monday")) == "Monday"
+        assert served.end() == 0
+        assert is_gone(engine)
+
+
+def test_ctrl_c_ends_it_too() -> None:
+    with serving() as served:
+        assert ask(served.target, "What is 30 + 4?") == "30 + 4 = 34"
+        assert served.end(signal.SIGINT) == 0
+
+
+def test_the_engine_dies_with_its_parent() -> None:
+    with serving() as served:
+        engine = served.engine()
+        served.process.kill()
+        assert is_gone(engine)
+
+
+def test_a_dead_engine_fails_its_requests_and_ends_the_server() -> None:
+    with serving() as served, Client(served.target, attempts=1) as client:
+        stream = client.chat("Count from 1 to 99.", ignore_eos=True, temperature=0.0)
+        deltas = iter(stream)
+        next(deltas)
+        served.engine().kill()
+        with pytest.raises(Unavailable, match="signal 9"):
+            for _ in deltas:
+                pass
+        assert served.process.wait(20) == 1
+
+
+def test_a_template_that_loops_costs_one_request(tmp_path: Path) -> None:
+    folder = copy_model(tmp_path)
+    loop = "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}"
+    edit_json(folder / "tokenizer_config.json", chat_template=loop)
+    with serving(str(folder)) as served, Client(served.target) as client:
+        with pytest.raises(InvalidRequest) as caught:
+            client.generate([{"role": "user", "content": "hi"}])
+        assert caught.value.field == "chat"
+        prompt = "<|im_start|>user\nWhat is 5 + 5?<|im_end|>\n<|im_start|>assistant\n"
+        assert client.generate(prompt, temperature=0.0).text == "5 + 5 = 10"
+
+
+def fail_to_start(*arguments: str) -> str:
+    """Runs `zllm serve`, which must end with 1; returns what it said of it."""
+    done = subprocess.run([*SERVE, *arguments], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1, done.stdout
+    assert "Traceback" not in done.stderr
+    assert "listening" not in done.stdout
+    return done.stderr
+
+
+def copy_model(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    shutil.copytree(EMBEDDED_MODEL, folder)
+    return folder
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_missing_weights_are_said_to_be_missing(tmp_path: Path) -> None:
+    folder = copy_model(tmp_path)
+    (folder / "model.safetensors").unlink()
+    assert "safetensors" in fail_to_start(str(folder))
+
+
+def test_corrupt_weights_are_said_to_be_corrupt(tmp_path: Path) -> None:
+    folder = copy_model(tmp_path)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    assert "model.safetensors" in fail_to_start(str(folder))
+
+
+def test_an_unknown_architecture_is_named(tmp_path: Path) -> None:
+    folder = copy_model(tmp_path)
+    edit_json(folder / "config.json", architectures=["GibberishForCausalLM"])
+    assert "GibberishForCausalLM" in fail_to_start(str(folder))
+
+
+def test_bad_arguments_are_named() -> None:
+    assert "nowhere" in fail_to_start("./nowhere/to/be/found")
+    assert "max_num_seqs" in fail_to_start("--max-num-seqs", "0")
