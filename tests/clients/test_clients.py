@@ -1,0 +1,155 @@
+"""Both clients and the command against a server: the same surface, the same errors."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+from collections.abc import Callable
+from typing import TypeVar
+
+import pytest
+
+from tests.service.harness import Harness, running
+from tests.service.stub_engine import StubEngine
+from zllm.cli import main
+from zllm.clients.bench import Sample, summarize
+from zllm.clients.client import Client
+from zllm.errors import InvalidRequest, Unavailable
+from zllm.runtime.embedded import EMBEDDED_MODEL
+from zllm.runtime.tokenizer import load_tokenizer
+
+ANSWER = "Monday, Tuesday"
+Result = TypeVar("Result")
+
+
+def speaking(**options: float) -> StubEngine:
+    tokenizer = load_tokenizer(EMBEDDED_MODEL)
+    return StubEngine(script=tokenizer.encode(ANSWER, add_special_tokens=False), **options)
+
+
+async def with_client(server: Harness, work: Callable[[Client], Result]) -> Result:
+    """Runs blocking work beside the server's event loop."""
+
+    def run() -> Result:
+        with Client(server.target, attempts=1) as client:
+            return work(client)
+
+    return await asyncio.to_thread(run)
+
+
+async def command(server: Harness, *arguments: str) -> int:
+    return await asyncio.to_thread(main, [*arguments, "--target", server.target])
+
+
+async def test_the_synchronous_client_has_the_whole_surface() -> None:
+    def work(client: Client) -> None:
+        client.wait_ready(5)
+        assert [model.name for model in client.models()] == ["stub"]
+        assert client.detokenize(client.tokenize("Monday")) == "Monday"
+        whole = client.generate("hi", token_ids=True)
+        assert whole.text == ANSWER
+        for stream in (client.stream("hi", token_ids=True), client.chat("hi", token_ids=True)):
+            deltas = list(stream)
+            assert "".join(delta.text for delta in deltas) == ANSWER
+            assert tuple(i for delta in deltas for i in delta.token_ids) == whole.token_ids
+            assert stream.usage is not None
+            assert stream.usage.completion_tokens == len(whole.token_ids)
+            assert stream.timing is not None
+            assert stream.request_id
+            assert stream.model == "stub"
+        with pytest.raises(InvalidRequest) as caught:
+            list(client.stream("hi", top_p=2.0))
+        assert caught.value.field == "sampling.top_p"
+
+    async with running(speaking()) as server:
+        await with_client(server, work)
+
+
+async def test_leaving_a_stream_ends_its_request() -> None:
+    def work(client: Client) -> None:
+        with client.stream("abc") as stream:
+            next(iter(stream))
+
+    async with running(StubEngine(step_s=0.02)) as server:
+        await with_client(server, work)
+        await server.until_idle()
+
+
+async def test_a_passed_timeout_is_a_timeout_error() -> None:
+    def work(client: Client) -> None:
+        with pytest.raises(TimeoutError):
+            client.generate("abc", timeout=0.1)
+        with pytest.raises(TimeoutError):
+            list(client.stream("abc", timeout=0.1))
+
+    async with running(StubEngine(step_s=0.02)) as server:
+        await with_client(server, work)
+        await server.until_idle()
+
+
+def test_without_a_server_calls_are_unavailable() -> None:
+    with Client("127.0.0.1:1", attempts=1) as client:
+        with pytest.raises(Unavailable):
+            client.generate("abc")
+        with pytest.raises(TimeoutError):
+            client.wait_ready(0.1)
+
+
+async def test_the_generate_command_streams_an_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    async with running(speaking()) as server:
+        assert await command(server, "generate", "hi", "--max-tokens", "50") == 0
+        assert capsys.readouterr().out == ANSWER + "\n"
+        assert await command(server, "generate", "hi", "--top-p", "2") == 1
+        assert "sampling.top_p" in capsys.readouterr().err
+
+
+async def test_the_chat_command_remembers_its_turns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = speaking()
+    monkeypatch.setattr("sys.stdin", io.StringIO("first\n\nsecond\n"))
+    async with running(engine) as server:
+        assert await command(server, "chat", "--system", "Be brief.") == 0
+    assert capsys.readouterr().out == f"{ANSWER}\n{ANSWER}\n"
+    tokenizer = load_tokenizer(EMBEDDED_MODEL)
+    first, second = (
+        tokenizer.decode(memoryview(request.prompt).cast("i"), skip_special_tokens=False)
+        for request in engine.seen
+    )
+    assert "Be brief." in first
+    assert second.startswith(first + ANSWER)
+    assert "second" in second
+
+
+async def test_the_bench_command_measures_every_request(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    load = ("--num-requests", "12", "--input-len", "20", "--output-len", "8", "--json")
+    async with running(StubEngine()) as server:
+        for mode in (("--concurrency", "4"), ("--rate", "200", "--shared-len", "10")):
+            assert await command(server, "bench", *load, *mode) == 0
+            report = json.loads(capsys.readouterr().out)
+            assert (report["requests"], report["failed"]) == (12, 0)
+            assert report["output_tokens_per_s"] == pytest.approx(12 * 8 / report["seconds"])
+            assert 0 < report["ttft_p50_ms"] <= report["ttft_p99_ms"] <= report["total_p99_ms"]
+        await server.until_idle()
+
+
+def test_the_benchs_arithmetic() -> None:
+    report = summarize([Sample(0.1, 1.0, 10), Sample(0.3, 1.2, 10), Sample(0, 0, 0, "no")], 2.0)
+    assert (report["requests"], report["failed"], report["first_error"]) == (3, 1, "no")
+    assert report["requests_per_s"] == 1.0
+    assert report["output_tokens_per_s"] == 10.0
+    assert report["ttft_p50_ms"] == pytest.approx(200)
+    assert report["tpot_p50_ms"] == pytest.approx(100)
+
+
+def test_wrong_usage_is_two_and_a_missing_server_is_one(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["generate"])
+    assert caught.value.code == 2
+    assert main(["generate", "hi", "--target", "127.0.0.1:1"]) == 1
+    assert "127.0.0.1:1" in capsys.readouterr().err
