@@ -1,0 +1,183 @@
+"""Speed on the CPU against Hugging Face transformers, on a random Qwen3 of 100M parameters.
+
+    python benchmarks/cpu.py [--json FILE]
+
+Prints two ratios from one run, ours over theirs, in tokens a second:
+
+    decode     one request, prompt excluded
+    batch      16 requests at once, against `generate` on one after another, prompts included
+
+Both run in float32 with as many threads as torch takes, in turns, so that whatever else the
+machine does falls on both. Greedy; the tokens must agree, or the comparison is void.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from zllm.runtime.config import EngineConfig
+from zllm.runtime.engine import Engine
+from zllm.runtime.messages import AddRequest, Sampling, Stopping
+
+VOCAB = 32_000
+BATCH = 16
+
+
+def make_model(folder: Path) -> Qwen3ForCausalLM:
+    """A random model of 100M parameters, also saved to `folder`."""
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=VOCAB,
+        hidden_size=768,
+        intermediate_size=2048,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        num_key_value_heads=4,
+        head_dim=64,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        initializer_range=0.05,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    model = Qwen3ForCausalLM(config).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+class Theirs:
+    """transformers' `generate`, one request at a time."""
+
+    def __init__(self, model: Qwen3ForCausalLM) -> None:
+        self.model = model
+
+    @torch.inference_mode()
+    def run(self, prompts: list[list[int]], count: int) -> tuple[float, list[list[int]]]:
+        """Seconds, and the new tokens of each prompt."""
+        outputs = []
+        start = time.perf_counter()
+        for prompt in prompts:
+            tokens = torch.tensor([prompt])
+            out = self.model.generate(
+                tokens,
+                attention_mask=torch.ones_like(tokens),
+                max_new_tokens=count,
+                do_sample=False,
+            )
+            outputs.append(out[0, len(prompt) :].tolist())
+        return time.perf_counter() - start, outputs
+
+
+class Ours:
+    """The engine in this process, prefix caching off: every run computes everything."""
+
+    def __init__(self, folder: Path) -> None:
+        config = EngineConfig(
+            model=folder,
+            device="cpu",
+            dtype="float32",
+            max_num_seqs=BATCH,
+            num_kv_blocks=1024,
+            enable_prefix_caching=False,
+        )
+        self.engine = Engine(config)
+        self.next_id = 0
+
+    def run(self, prompts: list[list[int]], count: int) -> tuple[float, list[list[int]]]:
+        """Seconds, and the new tokens of each prompt."""
+        first = self.next_id
+        self.next_id += len(prompts)
+        outputs: list[list[int]] = [[] for _ in prompts]
+        start = time.perf_counter()
+        for index, prompt in enumerate(prompts):
+            self.engine.add(
+                AddRequest(
+                    first + index,
+                    np.array(prompt, np.int32).tobytes(),
+                    Sampling(temperature=0.0),
+                    Stopping(max_tokens=count),
+                )
+            )
+        while self.engine.has_work():
+            output = self.engine.step()
+            if output is None:
+                continue
+            ids = np.frombuffer(output.request_ids, np.int64)
+            tokens = np.frombuffer(output.tokens, np.int32)
+            for request_id, token in zip(ids.tolist(), tokens.tolist(), strict=True):
+                outputs[request_id - first].append(token)
+        return time.perf_counter() - start, outputs
+
+
+def decode_rate(side: Theirs | Ours, prompt: list[int], count: int) -> tuple[float, list[int]]:
+    """Tokens a second after the first one, and all tokens."""
+    first, _ = side.run([prompt], 1)
+    whole, outputs = side.run([prompt], count)
+    return (count - 1) / (whole - first), outputs[0]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--rounds", type=int, default=3, help="medians are over so many")
+    parser.add_argument("--tokens", type=int, default=64, help="new tokens of each request")
+    options = parser.parse_args()
+
+    generator = np.random.default_rng(0)
+    prompts = [generator.integers(0, VOCAB, 64).tolist() for _ in range(BATCH)]
+    with tempfile.TemporaryDirectory() as folder:
+        theirs = Theirs(make_model(Path(folder)))
+        ours = Ours(Path(folder))
+    for side in (theirs, ours):
+        side.run(prompts[:1], 8)
+
+    decode: list[tuple[float, float]] = []
+    batch: list[tuple[float, float]] = []
+    same = True
+    for _ in range(options.rounds):
+        ours_rate, ours_tokens = decode_rate(ours, prompts[0], options.tokens)
+        theirs_rate, theirs_tokens = decode_rate(theirs, prompts[0], options.tokens)
+        decode.append((ours_rate, theirs_rate))
+        ours_s, ours_all = ours.run(prompts, options.tokens)
+        theirs_s, theirs_all = theirs.run(prompts, options.tokens)
+        total = BATCH * options.tokens
+        batch.append((total / ours_s, total / theirs_s))
+        same = same and ours_tokens == theirs_tokens and ours_all == theirs_all
+
+    figures = {
+        "threads": torch.get_num_threads(),
+        "decode_tokens_per_s": statistics.median(a for a, _ in decode),
+        "decode_tokens_per_s_transformers": statistics.median(b for _, b in decode),
+        "decode_ratio": statistics.median(a / b for a, b in decode),
+        "batch_tokens_per_s": statistics.median(a for a, _ in batch),
+        "batch_tokens_per_s_transformers": statistics.median(b for _, b in batch),
+        "batch_ratio": statistics.median(a / b for a, b in batch),
+        "same_tokens": same,
+    }
+    print(f"random Qwen3, 100M parameters, float32, {figures['threads']} threads, greedy")
+    for name, label in (("decode", "1 request, decode"), ("batch", f"{BATCH} requests at once")):
+        print(
+            f"  {label:22} {figures[f'{name}_tokens_per_s']:8.1f} tok/s   transformers "
+            f"{figures[f'{name}_tokens_per_s_transformers']:8.1f} tok/s   ratio "
+            f"{figures[f'{name}_ratio']:.2f}"
+        )
+    if not same:
+        print("  the tokens differ: the comparison is void")
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+    return 0 if same else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
