@@ -1,0 +1,130 @@
+"""Greedy decoding in float32 gives the tokens of Hugging Face transformers, and its logits."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.runtime.checkpoints import VOCAB, all_logits, greedy, make_hf_model, save
+from tests.runtime.serving import Request, Server, random_prompts
+
+COUNT = 8
+LONG = 24
+"""So many that a sequence grows by blocks while it runs."""
+TOLERANCE = 1e-4
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "gqa2": {},
+    "gqa1-tied": {"num_key_value_heads": 4, "tie_word_embeddings": True},
+    "gqa8": {
+        "num_attention_heads": 8,
+        "num_key_value_heads": 1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5_000_000.0},
+    },
+    "gqa8-tied": {
+        "num_attention_heads": 8,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
+    },
+    "head-dim-divides": {"head_dim": 12, "rope_parameters": {"rope_theta": 500.0}},
+    "attention-bias": {"attention_bias": True},
+}
+PROMPTS = random_prompts(17, VOCAB, longest=70)
+SHORT = [prompt[:15] for prompt in PROMPTS]
+SHARED = PROMPTS[0][:1] + random_prompts(1, VOCAB, longest=1)[0] + list(range(40))
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    @cache
+    def make(variant: str) -> Path:
+        folder = tmp_path_factory.mktemp(variant)
+        return save(hf_model(variant), folder)
+
+    return make
+
+
+@cache
+def hf_model(variant: str) -> Any:
+    return make_hf_model(seed=len(variant), **VARIANTS[variant])
+
+
+@cache
+def expected(variant: str, prompt: tuple[int, ...], count: int) -> tuple[list[int], torch.Tensor]:
+    """The tokens and the logits [count, V] that chose them."""
+    tokens = greedy(hf_model(variant), list(prompt), count)
+    logits = all_logits(hf_model(variant), [*prompt, *tokens])
+    return tokens, logits[len(prompt) - 1 : -1]
+
+
+def check(
+    variant: str, server: Server, prompts: list[list[int]], *, spacing: int, count: int = COUNT
+) -> None:
+    """Serve the prompts, one arriving every `spacing` steps, and compare."""
+    requests = [Request(p, count, index * spacing) for index, p in enumerate(prompts)]
+    for prompt, answer in zip(prompts, server.serve(requests), strict=True):
+        tokens, logits = expected(variant, tuple(prompt), count)
+        assert answer.tokens == tokens
+        torch.testing.assert_close(
+            torch.stack(answer.logits), logits, atol=TOLERANCE, rtol=TOLERANCE
+        )
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_shape_of_model(variant: str, folder_of: Any) -> None:
+    check(variant, Server(folder_of(variant), max_num_batched_tokens=48), PROMPTS, spacing=2)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 17])
+def test_every_size_of_batch(size: int, folder_of: Any) -> None:
+    check("gqa2", Server(folder_of("gqa2")), PROMPTS[:size], spacing=0)
+
+
+@pytest.mark.parametrize("caching", [True, False])
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        pytest.param(n, marks=() if n in {1, 2, 7, 16, 17, 33, 64} else pytest.mark.slow)
+        for n in range(1, 65)
+    ],
+)
+def test_every_size_of_chunk(chunk: int, caching: bool, folder_of: Any) -> None:
+    """With caching, later prompts reuse the blocks of the earlier ones that they repeat."""
+    server = Server(folder_of("gqa2"), max_num_batched_tokens=chunk, enable_prefix_caching=caching)
+    prompts = [*PROMPTS[:4], SHARED, PROMPTS[1], [*SHARED, 5, 6], SHARED[:39]]
+    check("gqa2", server, prompts, spacing=max(100 // chunk, 1))
+    assert server.longest_step <= chunk
+    hits = server.scheduler.stats()["hit_tokens"]
+    assert hits > 0 if caching else hits == 0
+
+
+@pytest.mark.parametrize("caching", [True, False])
+@pytest.mark.parametrize("chunk", [5, 48])
+def test_so_few_blocks_that_sequences_must_give_way(
+    chunk: int, caching: bool, folder_of: Any
+) -> None:
+    server = Server(
+        folder_of("gqa2"),
+        num_kv_blocks=4,
+        max_num_batched_tokens=chunk,
+        enable_prefix_caching=caching,
+    )
+    check("gqa2", server, SHORT, spacing=0, count=LONG)
+    assert server.scheduler.stats()["preemptions"] > 0
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_stays_close(dtype: str, folder_of: Any) -> None:
+    """No test of equality: rounding moves the logits by what the type resolves."""
+    server = Server(folder_of("gqa2"), dtype=dtype)
+    tolerance = {"bfloat16": 0.15, "float16": 0.02}[dtype]
+    for prompt, answer in zip(PROMPTS, server.serve([Request(p, 1) for p in PROMPTS]), strict=True):
+        logits = expected("gqa2", tuple(prompt), 1)[1][0]
+        error = (answer.logits[0].float() - logits).abs().max() / logits.abs().max()
+        assert error < tolerance
