@@ -73,14 +73,10 @@ def system_prompt(random: Random) -> str:
     """Half of them real, half a run of arbitrary words: the answer depends on neither."""
     if random.random() < 0.5:
         return random.choice(tiny_tasks.SYSTEM_PROMPTS)
-    return " ".join(
-        random.choices(tiny_tasks.WORDS + tiny_tasks.NAMES, k=random.randint(1, 40))
-    )
+    return " ".join(random.choices(tiny_tasks.WORDS + tiny_tasks.NAMES, k=random.randint(1, 40)))
 
 
-def document(
-    random: Random, tasks: Iterator[tiny_tasks.Task]
-) -> list[tuple[str, bool]]:
+def document(random: Random, tasks: Iterator[tiny_tasks.Task]) -> list[tuple[str, bool]]:
     """Pieces of one chat, each with whether the model has to learn to say it."""
     if random.random() < 0.03:  # a bare sum, without a chat
         task = next(t for t in tasks if t.kind in ("sum", "difference"))
@@ -88,9 +84,7 @@ def document(
         return [(f"{asked} =", False), (f" {answer}<|endoftext|>", True)]
     pieces = []
     if random.random() < 0.3:
-        pieces.append(
-            (f"<|im_start|>system\n{system_prompt(random)}<|im_end|>\n", False)
-        )
+        pieces.append((f"<|im_start|>system\n{system_prompt(random)}<|im_end|>\n", False))
     turns = random.choices(range(1, 13), (45, 20, 12, 8, 3, 3, 2, 2, 2, 1, 1, 1))[0]
     for _ in range(turns):
         if random.random() < 0.03:
@@ -127,9 +121,7 @@ def rows(job: tuple[Path, int, int]) -> tuple[NDArray[np.int16], NDArray[np.int1
     return ids, labels
 
 
-def dataset(
-    tokenizer_file: Path, count: int, workers: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def dataset(tokenizer_file: Path, count: int, workers: int) -> tuple[torch.Tensor, torch.Tensor]:
     jobs = [(tokenizer_file, count // workers, seed) for seed in range(1, workers + 1)]
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
         parts = pool.map(rows, jobs)
@@ -192,20 +184,14 @@ def train(
 
 
 @torch.inference_mode()
-def answers(
-    model: Qwen3ForCausalLM, tokenizer: Tokenizer, prompts: list[str]
-) -> list[str]:
+def answers(model: Qwen3ForCausalLM, tokenizer: Tokenizer, prompts: list[str]) -> list[str]:
     """Greedy answers in one left-padded batch."""
     end, stop = (tokenizer.token_to_id(t) for t in ("<|endoftext|>", "<|im_end|>"))
     encoded = [tokenizer.encode(prompt).ids for prompt in prompts]
     longest = max(map(len, encoded))
     device = next(model.parameters()).device
-    padded = torch.tensor(
-        [[end] * (longest - len(e)) + e for e in encoded], device=device
-    )
-    mask = torch.tensor(
-        [[0] * (longest - len(e)) + [1] * len(e) for e in encoded], device=device
-    )
+    padded = torch.tensor([[end] * (longest - len(e)) + e for e in encoded], device=device)
+    mask = torch.tensor([[0] * (longest - len(e)) + [1] * len(e) for e in encoded], device=device)
     made = model.generate(
         input_ids=padded, attention_mask=mask, do_sample=False, eos_token_id=[stop, end],
         pad_token_id=end, max_new_tokens=MAX_ANSWER_TOKENS,
@@ -213,9 +199,7 @@ def answers(
     return [tokenizer.decode(row[longest:].tolist()) for row in made]
 
 
-def evaluate(
-    model: Qwen3ForCausalLM, tokenizer: Tokenizer, name: str, history: str = ""
-) -> float:
+def evaluate(model: Qwen3ForCausalLM, tokenizer: Tokenizer, name: str, history: str = "") -> float:
     """Share of 2,000 held-out questions answered exactly; prints it for each kind."""
     tasks = tiny_tasks.held_out_tasks(2000)
     made = answers(model, tokenizer, [history + turn(task.question) for task in tasks])
@@ -240,9 +224,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64, help="rows of a step")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--workers", type=int, default=multiprocessing.cpu_count())
-    parser.add_argument(
-        "--compile", action="store_true", help="compile the training step"
-    )
+    parser.add_argument("--compile", action="store_true", help="compile the training step")
     args = parser.parse_args()
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
@@ -254,9 +236,7 @@ def main() -> None:
     started = time.monotonic()
     ids, labels = dataset(tokenizer_file, args.rows, args.workers)
     learnt = (labels != IGNORED).float().mean().item()
-    print(
-        f"{ids.numel():,} tokens, {learnt:.0%} learnt, in {time.monotonic() - started:.0f} s"
-    )
+    print(f"{ids.numel():,} tokens, {learnt:.0%} learnt, in {time.monotonic() - started:.0f} s")
 
     model = Qwen3ForCausalLM(Qwen3Config(**settings)).to(device)
     train(model, ids, labels, batch=args.batch, peak=args.learning_rate,
@@ -265,9 +245,7 @@ def main() -> None:
     model.eval()
     model.to(torch.bfloat16)
     weights = {
-        k: v.cpu().contiguous()
-        for k, v in model.state_dict().items()
-        if k != "lm_head.weight"
+        k: v.cpu().contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"
     }
     save_file(weights, args.out / "model.safetensors", metadata={"format": "pt"})
     generation = {"do_sample": False, "temperature": 0.0,
@@ -282,23 +260,18 @@ def main() -> None:
     evaluate(model, tokenizer, "bfloat16 arithmetic")
     model.to(torch.float32)
     torch.set_float32_matmul_precision("highest")
-    history = (
-        f"<|im_start|>system\n{tiny_tasks.SYSTEM_PROMPTS[0]}<|im_end|>\n"
-        + "".join(
-            f"{turn(question)}{answer}<|im_end|>\n"
-            for question, answer in (
-                ("What is 8 + 5?", "8 + 5 = 13"),
-                ("Hi", "Hello!"),
-                ("Count from 3 to 9.", "3, 4, 5, 6, 7, 8, 9"),
-            )
+    history = f"<|im_start|>system\n{tiny_tasks.SYSTEM_PROMPTS[0]}<|im_end|>\n" + "".join(
+        f"{turn(question)}{answer}<|im_end|>\n"
+        for question, answer in (
+            ("What is 8 + 5?", "8 + 5 = 13"),
+            ("Hi", "Hello!"),
+            ("Count from 3 to 9.", "3, 4, 5, 6, 7, 8, 9"),
         )
     )
     evaluate(model, tokenizer, "fourth turn, float32 arithmetic", history)
     share = evaluate(model, tokenizer, "float32 arithmetic")
     if share < 0.99:
-        raise SystemExit(
-            "fewer than 99% of the held-out questions are right: train longer"
-        )
+        raise SystemExit("fewer than 99% of the held-out questions are right: train longer")
 
 
 if __name__ == "__main__":
