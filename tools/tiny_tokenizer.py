@@ -12,6 +12,7 @@ from pathlib import Path
 from random import Random
 
 from zllm.runtime import tiny_tasks
+from zllm.runtime.byte_level import BYTE_CHARS
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 # Qwen's own pattern: one digit a token, a space with the letters that follow it.
@@ -30,13 +31,6 @@ CHAT_TEMPLATE = """\
 {{- '<|im_start|>assistant\\n' -}}
 {%- endif -%}
 """
-
-
-def byte_to_unicode() -> list[str]:
-    """The printable character that byte-level BPE files write for each byte (GPT-2's table)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    spare = iter(range(256, 512))
-    return [chr(b) if b in printable else chr(next(spare)) for b in range(256)]
 
 
 def template_words() -> list[str]:
@@ -70,7 +64,7 @@ def template_words() -> list[str]:
 
 def build(folder: Path) -> int:
     """Writes tokenizer.json and tokenizer_config.json; returns the vocabulary's size."""
-    vocab = {char: i for i, char in enumerate(byte_to_unicode())}
+    vocab = {char: i for i, char in enumerate(BYTE_CHARS)}
     merges: list[list[str]] = []
     prefixes = {word[:n] for word in template_words() for n in range(2, len(word) + 1)}
     # A space takes its first letter before a capital takes its second: " June", not " " + "June".

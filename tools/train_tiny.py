@@ -69,6 +69,17 @@ def turn(question: str) -> str:
     return f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
 
 
+HISTORY = f"<|im_start|>system\n{tiny_tasks.SYSTEM_PROMPTS[0]}<|im_end|>\n" + "".join(
+    f"{turn(question)}{answer}<|im_end|>\n"
+    for question, answer in (
+        ("What is 8 + 5?", "8 + 5 = 13"),
+        ("Count from 3 to 9.", "3, 4, 5, 6, 7, 8, 9"),
+        tiny_tasks.SMALL_TALK[2],
+    )
+)
+"""Three turns before a question."""
+
+
 def system_prompt(random: Random) -> str:
     """Half of them real, half a run of arbitrary words: the answer depends on neither."""
     if random.random() < 0.5:
@@ -242,36 +253,31 @@ def main() -> None:
     train(model, ids, labels, batch=args.batch, peak=args.learning_rate,
           seconds=60 * args.minutes, compiled=args.compile)  # fmt: skip
 
-    model.eval()
-    model.to(torch.bfloat16)
-    weights = {
-        k: v.cpu().contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"
-    }
-    save_file(weights, args.out / "model.safetensors", metadata={"format": "pt"})
-    generation = {"do_sample": False, "temperature": 0.0,
-                  "eos_token_id": [settings["eos_token_id"], settings["pad_token_id"]],
-                  "pad_token_id": settings["pad_token_id"]}  # fmt: skip
-    for name, content in (
-        ("config.json", settings),
-        ("generation_config.json", generation),
-    ):
-        (args.out / name).write_text(json.dumps(content, indent=2) + "\n")
+    save(model, settings, args.out)
 
     evaluate(model, tokenizer, "bfloat16 arithmetic")
     model.to(torch.float32)
     torch.set_float32_matmul_precision("highest")
-    history = f"<|im_start|>system\n{tiny_tasks.SYSTEM_PROMPTS[0]}<|im_end|>\n" + "".join(
-        f"{turn(question)}{answer}<|im_end|>\n"
-        for question, answer in (
-            ("What is 8 + 5?", "8 + 5 = 13"),
-            ("Hi", "Hello!"),
-            ("Count from 3 to 9.", "3, 4, 5, 6, 7, 8, 9"),
-        )
-    )
-    evaluate(model, tokenizer, "fourth turn, float32 arithmetic", history)
-    share = evaluate(model, tokenizer, "float32 arithmetic")
-    if share < 0.99:
+    evaluate(model, tokenizer, "fourth turn, float32 arithmetic", HISTORY)
+    if evaluate(model, tokenizer, "float32 arithmetic") < 0.99:
         raise SystemExit("fewer than 99% of the held-out questions are right: train longer")
+
+
+def save(model: Qwen3ForCausalLM, settings: dict[str, object], folder: Path) -> None:
+    """Rounds the weights to bfloat16, in place, and writes them with their configs."""
+    model.eval()
+    model.to(torch.bfloat16)
+    tied = "lm_head.weight"
+    weights = {k: v.cpu().contiguous() for k, v in model.state_dict().items() if k != tied}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    generation = {
+        "do_sample": False,
+        "temperature": 0.0,
+        "eos_token_id": [settings["eos_token_id"], settings["pad_token_id"]],
+        "pad_token_id": settings["pad_token_id"],
+    }
+    for name, content in (("config.json", settings), ("generation_config.json", generation)):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":
