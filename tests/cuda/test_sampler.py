@@ -1,0 +1,293 @@
+"""The sampling kernels against the CPU's sampler, token for token."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from zllm.cuda.launcher import KernelLibrary
+from zllm.cuda.sampler import Bias, SampledRows, Sampler
+from zllm.errors import KernelError
+from zllm.native import arena
+from zllm.runtime import torch_sampler
+from zllm.runtime.ops import SamplingStep
+
+pytestmark = pytest.mark.gpu
+VOCAB = 151936
+EVERYTHING = arena.S_RANDOM | arena.S_TOP_K | arena.S_TOP_P | arena.S_MIN_P
+FLAT, PEAKED = 1.0, 6.0
+"""Standard deviations of random logits: top-p leaves most of the vocabulary, or a handful."""
+
+
+def _params(rows: int, **values: float) -> Tensor:
+    """[rows + 1, PARAM_WORDS], every row with the same parameters and a seed of its own."""
+    floats = torch.zeros(rows + 1, arena.PARAM_WORDS)
+    floats[:rows, arena.P_TOP_P] = 1.0
+    floats[:rows, arena.P_REPETITION] = 1.0
+    words = floats.view(torch.int32)
+    words[:rows, arena.P_SEED_LOW] = torch.randint(-(2**31), 2**31 - 1, (rows,)).int()
+    words[:rows, arena.P_SEED_HIGH] = torch.randint(-(2**31), 2**31 - 1, (rows,)).int()
+    for name, value in values.items():
+        word = getattr(arena, f"P_{name.upper()}")
+        table = floats if isinstance(value, float) else words
+        table[:rows, word] = value
+    return words
+
+
+class _Rows:
+    """`count` sampled rows in a shuffled order, whose lengths are their tokens' positions + 1."""
+
+    def __init__(self, count: int, params: Tensor) -> None:
+        order = torch.randperm(count).int()
+        positions = torch.randint(0, 5000, (2 * count,)).int()
+        sample_tokens = (torch.arange(count) * 2 + 1).int()
+        self.params = params[order.long()]
+        self.lengths = positions[sample_tokens.long()] + 1
+        self.order = order.long()
+        self.device = SampledRows(
+            order.cuda(), sample_tokens.cuda(), positions.cuda(), params.cuda()
+        )
+        self.tokens = torch.full((count,), -7, dtype=torch.int32, device="cuda")
+        self.last_token = torch.full((len(params),), -7, dtype=torch.int32, device="cuda")
+
+    def sample(self, sampler: Sampler, logits: Tensor, counts: Tensor | None = None) -> Tensor:
+        sampler.sample(logits.cuda(), self.device, self.tokens, self.last_token, counts)
+        assert torch.equal(self.last_token.cpu()[self.order], self.tokens.cpu())
+        return self.tokens.cpu()
+
+    def expected(self, logits: Tensor, features: int = EVERYTHING) -> Tensor:
+        step = SamplingStep(features, -1)
+        return torch_sampler.sample(logits, self.params, self.lengths, step).tokens
+
+
+PARAMETERS = {
+    "greedy": {"temperature": 0.0},
+    "plain": {"temperature": 0.8},
+    "top-k": {"temperature": 1.0, "top_k": 50},
+    "top-1": {"temperature": 1.0, "top_k": 1},
+    "large top-k": {"temperature": 1.0, "top_k": 20_000},
+    "top-p": {"temperature": 1.0, "top_p": 0.9},
+    "tiny top-p": {"temperature": 1.0, "top_p": 1e-6},
+    "min-p": {"temperature": 1.0, "min_p": 0.05},
+    "top-k and top-p": {"temperature": 0.6, "top_k": 20, "top_p": 0.95},
+    "all": {"temperature": 1.3, "top_k": 200, "top_p": 0.8, "min_p": 0.01},
+    "min-p and top-p": {"temperature": 1.3, "top_p": 0.8, "min_p": 0.01},
+}
+
+
+def _logits(rows: int, vocab: int, spread: float, dtype: torch.dtype) -> Tensor:
+    return (torch.randn(rows, vocab) * spread).to(dtype)
+
+
+@pytest.mark.parametrize("spread", [FLAT, PEAKED])
+@pytest.mark.parametrize("parameters", PARAMETERS.values(), ids=PARAMETERS)
+def test_tokens_are_the_references(
+    kernels: KernelLibrary, parameters: dict[str, float], spread: float
+) -> None:
+    torch.manual_seed(1)
+    for rows, vocab, dtype in (
+        (1, VOCAB, torch.bfloat16),
+        (8, VOCAB, torch.bfloat16),
+        (5, 50257, torch.float32),
+        (7, 32000, torch.float16),
+        (40, 1000, torch.float32),
+    ):
+        sampler = Sampler(kernels, arena.MACROS, dtype, vocab, rows)
+        batch = _Rows(rows, _params(rows, **parameters))
+        logits = _logits(rows, vocab, spread, dtype)
+        assert torch.equal(batch.sample(sampler, logits), batch.expected(logits)), (rows, vocab)
+
+
+def test_mixed_rows_small(kernels: KernelLibrary) -> None:
+    """Each row follows its own parameters: greedy, plain and filtered rows side by side."""
+    torch.manual_seed(2)
+    rows, vocab = 12, 3000
+    params = _params(rows, temperature=0.9)
+    floats = params.view(torch.float32)
+    floats[0:4, arena.P_TEMPERATURE] = 0.0
+    params[4:8, arena.P_TOP_K] = torch.tensor([1, 5, 40, 2999]).int()
+    floats[6:10, arena.P_TOP_P] = torch.tensor([0.5, 0.9, 0.99, 0.2])
+    floats[9:11, arena.P_MIN_P] = torch.tensor([0.1, 0.5])
+    sampler = Sampler(kernels, arena.MACROS, torch.float32, vocab, rows)
+    batch = _Rows(rows, params)
+    logits = _logits(rows, vocab, 2.0, torch.float32)
+    assert torch.equal(batch.sample(sampler, logits), batch.expected(logits))
+
+
+def test_a_row_samples_the_same_alone_and_in_any_batch(kernels: KernelLibrary) -> None:
+    torch.manual_seed(3)
+    rows = 64
+    params = _params(rows, temperature=1.0, top_k=100, top_p=0.9)
+    batch = _Rows(rows, params)
+    logits = _logits(rows, VOCAB, FLAT, torch.bfloat16).cuda()
+    together = batch.sample(Sampler(kernels, arena.MACROS, torch.bfloat16, VOCAB, rows), logits)
+    alone = Sampler(kernels, arena.MACROS, torch.bfloat16, VOCAB, 1)
+    for s in range(0, rows, 9):
+        device = batch.device
+        one = SampledRows(
+            device.sample_rows[s : s + 1],
+            device.sample_tokens[s : s + 1],
+            device.positions,
+            device.params,
+        )
+        token = torch.zeros(1, dtype=torch.int32, device="cuda")
+        alone.sample(logits[s : s + 1], one, token, batch.last_token)
+        assert token.item() == together[s]
+
+
+def test_ties_are_allowed_together_and_greedy_takes_the_lowest_small(
+    kernels: KernelLibrary,
+) -> None:
+    torch.manual_seed(4)
+    rows, vocab = 200, 2000
+    tied = torch.tensor([7, 300, 301, 1999])
+    logits = torch.full((rows, vocab), -1.0)
+    logits[:, tied] = 3.0
+    sampler = Sampler(kernels, arena.MACROS, torch.float32, vocab, rows)
+    batch = _Rows(rows, _params(rows, temperature=1.0, top_k=2))
+    assert set(batch.sample(sampler, logits).tolist()) == set(tied.tolist())
+    greedy = _Rows(rows, _params(rows, temperature=0.0))
+    assert greedy.sample(sampler, logits).unique().tolist() == [7]
+
+
+def test_rows_that_are_not_finite_give_minus_one_and_leave_the_others_small(
+    kernels: KernelLibrary,
+) -> None:
+    torch.manual_seed(5)
+    rows, vocab = 8, 2000
+    for parameters in (
+        {"temperature": 0.0},
+        {"temperature": 1.0},
+        {"temperature": 1.0, "top_k": 9},
+    ):
+        logits = _logits(rows, vocab, FLAT, torch.float32)
+        logits[1, 77] = torch.nan
+        logits[2, 1999] = torch.inf
+        logits[3] = -torch.inf
+        logits[4, :1000] = -torch.inf  # banned tokens are no fault
+        batch = _Rows(rows, _params(rows, **parameters))
+        sampler = Sampler(kernels, arena.MACROS, torch.float32, vocab, rows)
+        tokens = batch.sample(sampler, logits)
+        assert tokens[1:4].tolist() == [-1, -1, -1]
+        assert tokens[4] >= 1000
+        finite = torch.tensor([0, 5, 6, 7])
+        assert torch.equal(tokens[finite], batch.expected(logits)[finite])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_edits_apply_penalties_bias_and_minimum_length_small(
+    kernels: KernelLibrary, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(6)
+    rows, vocab, limit = 6, 1500, 8
+    params = _params(rows, presence=0.5, frequency=0.25, repetition=1.3, num_end_ids=2)
+    params[:rows, arena.P_END_IDS : arena.P_END_IDS + 2] = torch.tensor([3, 1499]).int()
+    params[:3, arena.P_MIN_LEN] = 6000
+    params.view(torch.float32)[5, arena.P_REPETITION] = 1.0
+    params.view(torch.float32)[5, arena.P_PRESENCE : arena.P_FREQUENCY + 1] = 0.0
+    sampler = Sampler(kernels, arena.MACROS, dtype, vocab, rows)
+    batch = _Rows(rows, params)
+
+    counts = torch.full((rows + 1, vocab), 77, dtype=torch.int16, device="cuda")
+    prompts = torch.randint(vocab, (rows, 300))
+    answers = torch.randint(vocab // 10, (rows, 400))
+    for row in range(rows):
+        tokens = torch.cat([prompts[row], answers[row]]).int().cuda()
+        sampler.count_tokens(counts, row, tokens, 300)
+    ids = torch.stack([torch.randperm(vocab)[:limit] for _ in range(rows + 1)]).int()
+    values = torch.randn(rows + 1, limit) * 3
+    lengths = torch.randint(limit + 1, (rows + 1,)).int()
+    bias = Bias(ids.cuda(), values.cuda(), lengths.cuda())
+
+    logits = _logits(rows, vocab, 2.0, dtype)
+    out = torch.full((rows, vocab), torch.nan, dtype=dtype, device="cuda")
+    device_logits = logits.cuda()
+    sampler.edit(device_logits, batch.device, counts=counts, bias=bias, out=out)
+    assert torch.equal(device_logits.cpu(), logits)
+
+    expected = logits.double()
+    for s, row in enumerate(batch.order.tolist()):
+        x = expected[s]
+        floats = params.view(torch.float32)[row]
+        sampled = torch.bincount(answers[row], minlength=vocab)
+        seen = (sampled > 0) | (torch.bincount(prompts[row], minlength=vocab) > 0)
+        repetition = floats[arena.P_REPETITION].item()
+        x[seen] = torch.where(x > 0, x / repetition, x * repetition)[seen]
+        x -= floats[arena.P_PRESENCE] * (sampled > 0) + floats[arena.P_FREQUENCY] * sampled
+        chosen = ids[row, : lengths[row]].long()
+        x[chosen] += values[row, : lengths[row]]
+        if row < 3:
+            x[[3, 1499]] = -torch.inf
+    tolerance = 1e-5 if dtype == torch.float32 else 0.1
+    torch.testing.assert_close(out.cpu().double(), expected, rtol=0, atol=tolerance)
+    in_place = sampler.edit(device_logits, batch.device, counts=counts, bias=bias)
+    assert in_place is device_logits
+    assert torch.equal(in_place, out)
+
+
+def test_sampled_tokens_are_counted_small(kernels: KernelLibrary) -> None:
+    torch.manual_seed(7)
+    rows, vocab = 5, 1000
+    sampler = Sampler(kernels, arena.MACROS, torch.float32, vocab, rows)
+    batch = _Rows(rows, _params(rows, temperature=0.0))
+    counts = torch.zeros(rows + 1, vocab, dtype=torch.int16, device="cuda")
+    logits = _logits(rows, vocab, FLAT, torch.float32)
+    for _ in range(3):
+        tokens = batch.sample(sampler, logits, counts)
+    assert torch.equal(counts.cpu()[batch.order, tokens.long()], torch.full((rows,), 3).short())
+    assert counts.sum() == 3 * rows
+
+
+@pytest.mark.parametrize(
+    ("rows", "vocab", "dtype", "top"),
+    [
+        pytest.param(3, 1000, torch.float32, 5, id="small"),
+        (4, VOCAB, torch.bfloat16, 20),
+        (2, 50257, torch.float32, 0),
+        (2, 130, torch.float32, 130),
+    ],
+)
+def test_logprobs_ranks_and_the_most_likely(
+    kernels: KernelLibrary, rows: int, vocab: int, dtype: torch.dtype, top: int
+) -> None:
+    torch.manual_seed(8)
+    logits = _logits(rows, vocab, 3.0, dtype)
+    chosen = torch.randint(vocab, (rows,)).int()
+    chosen[0] = logits[0].argmax()
+    sampler = Sampler(kernels, arena.MACROS, dtype, vocab, rows)
+    values, ranks, top_ids, top_values = (
+        t.cpu() for t in sampler.logprobs(logits.cuda(), chosen.cuda(), top)
+    )
+    expected = logits.double().log_softmax(-1)
+    at = expected.gather(1, chosen.long()[:, None])
+    torch.testing.assert_close(values.double(), at[:, 0], rtol=0, atol=2e-5)
+    assert torch.equal(ranks, ((expected > at).sum(-1) + 1).int())
+    # Best first, the lower id first among equals.
+    order = logits.double().sort(dim=-1, descending=True, stable=True).indices[:, :top]
+    assert torch.equal(top_ids, order.int())
+    torch.testing.assert_close(top_values.double(), expected.gather(1, order), rtol=0, atol=2e-5)
+
+
+def test_a_failed_row_has_no_logprob_small(kernels: KernelLibrary) -> None:
+    sampler = Sampler(kernels, arena.MACROS, torch.float32, 1000, 1)
+    chosen = torch.tensor([-1], dtype=torch.int32, device="cuda")
+    values, ranks, *_ = sampler.logprobs(torch.randn(1, 1000, device="cuda"), chosen, 1)
+    assert values.isnan().all()
+    assert ranks.item() == 0
+
+
+def test_arguments_that_do_not_fit_are_named(kernels: KernelLibrary) -> None:
+    sampler = Sampler(kernels, arena.MACROS, torch.float32, 1000, 4)
+    batch = _Rows(4, _params(4))
+    for match, logits in (
+        ("logits is torch.bfloat16", torch.zeros(4, 1000).bfloat16()),
+        (r"logits has shape \[4, 999\]", torch.zeros(4, 999)),
+        ("logits has 5 rows: this sampler was made for 4", torch.zeros(5, 1000)),
+        (r"sample_rows has shape \[4\]", torch.zeros(3, 1000)),
+    ):
+        tokens = torch.zeros(len(logits), dtype=torch.int32, device="cuda")
+        with pytest.raises(KernelError, match=match):
+            sampler.sample(logits.cuda(), batch.device, tokens, batch.last_token)
+    with pytest.raises(KernelError, match="vocab is 300000"):
+        Sampler(kernels, arena.MACROS, torch.float32, 300_000, 4)
