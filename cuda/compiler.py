@@ -62,9 +62,9 @@ def find_headers() -> Path:
     """The folder that holds CUDA's `cuda_fp16.h`; KernelError with the remedy when none does."""
     candidates: list[Path] = []
     try:
-        from cuda import pathfinder
+        from cuda.pathfinder import find_nvidia_header_directory
 
-        found = pathfinder.find_nvidia_header_directory("cudart")
+        found = find_nvidia_header_directory("cudart")
         if found is not None:
             candidates.append(Path(found))
     except ImportError:

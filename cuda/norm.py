@@ -24,8 +24,7 @@ def _threads(dtype: torch.dtype, hidden: int, rows: int) -> int:
 def program(dtype: torch.dtype, hidden: int, rows: int) -> Program:
     """The program for `rows` rows; there are two, one for few rows and one for many."""
     threads = _threads(dtype, hidden, rows)
-    defines = {"SCALAR": SCALARS[dtype], "HIDDEN": hidden, "THREADS": threads}
-    return Program("norm.cu", defines)
+    return Program("norm.cu", {"SCALAR": SCALARS[dtype], "HIDDEN": hidden, "THREADS": threads})
 
 
 def rms_norm(

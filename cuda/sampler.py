@@ -57,7 +57,7 @@ def programs(dtype: torch.dtype, vocab: int, arena_macros: Mapping[str, int]) ->
     PARAM_WORDS."""
     if not 0 < vocab < _MAX_VOCAB:
         raise KernelError(f"vocab is {vocab}: at most {_MAX_VOCAB - 1} tokens can be sampled")
-    defines = {**arena_macros, "SCALAR": SCALARS[dtype], "VOCAB": vocab}
+    defines: dict[str, str | int] = {**arena_macros, "SCALAR": SCALARS[dtype], "VOCAB": vocab}
     return [Program(name, defines) for name in ("sampler.cu", "logits.cu", "logprobs.cu")]
 
 
