@@ -10,7 +10,6 @@ from zllm.runtime.kv_cache import KVCache
 from zllm.runtime.ops import Batch
 from zllm.runtime.torch_attention import AttentionWork, attend, write_kv
 
-
 _LARGE = 2**19
 """Elements of a matrix from which oneDNN's faster product makes up for its dearer call."""
 

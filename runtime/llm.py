@@ -1,0 +1,252 @@
+"""LLM: the engine in the caller's process, without sockets."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from zllm.errors import ConfigError, EngineError, InvalidRequest, Overloaded
+from zllm.runtime.chat_template import ChatTemplate, load_chat_template
+from zllm.runtime.config import EngineConfig
+from zllm.runtime.detokenizer import Detokenizer
+from zllm.runtime.embedded import EMBEDDED_MODEL
+from zllm.runtime.engine import Engine
+from zllm.runtime.hub import resolve_model
+from zllm.runtime.messages import (
+    AddRequest,
+    FinishReason,
+    RequestRefused,
+    Sampling,
+    StepOutput,
+    Stopping,
+)
+from zllm.runtime.model_config import ModelConfig
+from zllm.runtime.outputs import CompletionOutput, RequestOutput
+from zllm.runtime.sampling_params import SamplingParams
+from zllm.runtime.tokenizer import Tokenizer, load_tokenizer
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(slots=True)
+class _Live:
+    """A request that runs."""
+
+    output: RequestOutput
+    completion: CompletionOutput
+    params: SamplingParams
+    detokenizer: Detokenizer | None
+    """None where the text can wait for the end: nothing in it can stop the request."""
+
+
+class LLM:
+    """Offline inference.
+
+        llm = LLM("Qwen/Qwen3-0.6B")
+        outputs = llm.generate(["Hello"], SamplingParams(max_tokens=20))
+
+    Options are the fields of EngineConfig. Raises ConfigError where the engine cannot start. A
+    model folder without a tokenizer takes token ids alone.
+    """
+
+    def __init__(self, model: str | Path | None = None, **options: Any) -> None:
+        folder = resolve_model(EMBEDDED_MODEL if model is None else Path(model))
+        self.model_config = ModelConfig.from_folder(folder)
+        self.tokenizer: Tokenizer | None = None
+        self.chat_template: ChatTemplate | None = None
+        if (folder / "tokenizer.json").exists():
+            self.tokenizer = load_tokenizer(folder)
+            self.chat_template = load_chat_template(folder)
+        try:
+            config = EngineConfig(model=folder, **options)
+        except TypeError as error:
+            raise ConfigError(f"{error}: options are the fields of EngineConfig") from error
+        self.engine = Engine(config)
+        self._next_id = 1
+        self._live: dict[int, _Live] = {}
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Run the prompts (texts, or lists of token ids) to their ends, in one continuous batch.
+
+        One SamplingParams for all, or one for each. Outputs stand in the order of the prompts.
+        Raises InvalidRequest before anything runs.
+        """
+        many = _as_prompts(prompts)
+        if sampling_params is None or isinstance(sampling_params, SamplingParams):
+            params = [sampling_params or SamplingParams()] * len(many)
+        else:
+            params = list(sampling_params)
+        if len(params) != len(many):
+            raise InvalidRequest(
+                "sampling", f"{len(params)} for {len(many)} prompts: give one, or one for each"
+            )
+        requests = [self._request(p, q) for p, q in zip(many, params, strict=True)]
+        outputs = [live.output for live, _ in requests]
+        try:
+            for live, request in requests:
+                self._live[request.request_id] = live
+                self.engine.add(request)
+            while self._live:
+                step = self.engine.step()
+                if step is not None:
+                    self._take(step)
+        finally:
+            if self._live:  # interrupted or refused: nothing may go on behind the caller's back
+                self.engine.abort(list(self._live))
+                self._live.clear()
+            while self.engine.has_work():
+                self.engine.step()
+        return outputs
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        tools: Sequence[Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """`generate` on conversations, rendered through the model's chat template."""
+        if self.chat_template is None:
+            raise InvalidRequest("chat", "the model has no chat template: send text or token ids")
+        conversations: Any = [messages] if messages and "role" in messages[0] else messages
+        prompts = [
+            self.chat_template.render(one, tools=tools, variables=chat_template_kwargs)
+            for one in conversations
+        ]
+        return self.generate(prompts, sampling_params)
+
+    def close(self) -> None:
+        """Release the device's memory."""
+        self.engine.close()
+
+    def _request(self, prompt: Prompt, params: SamplingParams) -> tuple[_Live, AddRequest]:
+        ids = self._token_ids(prompt)
+        limit = self.engine.runner.max_model_len
+        if len(ids) >= limit:
+            raise InvalidRequest(
+                "prompt", f"has {len(ids)} tokens: the context holds {limit}, one of them new"
+            )
+        if params.stop and self.tokenizer is None:
+            raise InvalidRequest("stopping.stop_strings", "the model has no tokenizer")
+        defaults, eos = self.model_config.sampling, self.model_config.eos_token_ids
+        request_id, self._next_id = self._next_id, self._next_id + 1
+        completion = CompletionOutput(logprobs=None if params.logprobs is None else [])
+        text = prompt if isinstance(prompt, str) else None
+        output = RequestOutput(request_id, text, ids, [completion])
+        detokenizer = None
+        if params.stop and self.tokenizer is not None:
+            detokenizer = Detokenizer(
+                self.tokenizer,
+                skip_special_tokens=params.skip_special_tokens,
+                stop_strings=tuple(params.stop),
+                include_stop_string=params.include_stop_str_in_output,
+            )
+        request = AddRequest(
+            request_id=request_id,
+            prompt=np.asarray(ids, np.int32).tobytes(),
+            sampling=Sampling(
+                temperature=_first(params.temperature, defaults.temperature, 1.0),
+                top_p=_first(params.top_p, defaults.top_p, 1.0),
+                top_k=int(_first(params.top_k, defaults.top_k, 0)),
+                min_p=_first(params.min_p, defaults.min_p, 0.0),
+                seed=secrets.randbits(64) if params.seed is None else params.seed,
+            ),
+            stopping=Stopping(
+                max_tokens=limit if params.max_tokens is None else params.max_tokens,
+                min_tokens=params.min_tokens,
+                eos_token_ids=() if params.ignore_eos else eos,
+                stop_token_ids=tuple(params.stop_token_ids),
+            ),
+            num_logprobs=-1 if params.logprobs is None else params.logprobs,
+        )
+        return _Live(output, completion, params, detokenizer), request
+
+    def _token_ids(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise InvalidRequest("text", "the model has no tokenizer: send token ids")
+            ids = self.tokenizer.encode(prompt)
+        else:
+            ids = [int(token) for token in prompt]
+        vocab = self.model_config.vocab_size
+        if not ids:
+            raise InvalidRequest("prompt", "has no tokens")
+        wrong = next((token for token in ids if not 0 <= token < vocab), None)
+        if wrong is not None:
+            raise InvalidRequest("token_ids", f"{wrong} is outside the vocabulary [0, {vocab})")
+        return ids
+
+    def _take(self, step: StepOutput) -> None:
+        for refused in step.refused:
+            self._refuse(refused)
+        for started in step.started:
+            if started.request_id in self._live:
+                self._live[started.request_id].output.num_cached_tokens = started.cached_tokens
+        ids = np.frombuffer(step.request_ids, np.int64).tolist()
+        tokens = np.frombuffer(step.tokens, np.int32).tolist()
+        for index, (request_id, token, finish) in enumerate(
+            zip(ids, tokens, step.finishes, strict=True)
+        ):
+            live = self._live.get(request_id)
+            if live is None:
+                continue  # stopped by a stop string a step ago
+            if token >= 0:
+                live.completion.token_ids.append(token)
+                if live.completion.logprobs is not None:
+                    live.completion.logprobs.append(step.logprobs[index])
+                if live.detokenizer is not None:
+                    live.completion.text += live.detokenizer.push(token)
+                    if live.detokenizer.matched_stop is not None:
+                        live.completion.stop_reason = live.detokenizer.matched_stop
+                        self.engine.abort([request_id])
+                        self._finish(request_id, live, FinishReason.STOP)
+                        continue
+            if finish:
+                self._finish(request_id, live, FinishReason(finish))
+
+    def _finish(self, request_id: int, live: _Live, reason: FinishReason) -> None:
+        del self._live[request_id]
+        if reason == FinishReason.ERROR:
+            raise EngineError(f"request {request_id}: the model's logits were not finite")
+        completion = live.completion
+        completion.finish_reason = reason.name.lower()
+        ids = completion.token_ids
+        if reason == FinishReason.STOP and completion.stop_reason is None and ids:
+            completion.stop_reason = ids[-1]
+        if completion.logprobs is not None:
+            completion.cumulative_logprob = sum(each.logprob for each in completion.logprobs)
+        if live.detokenizer is not None:
+            completion.text += live.detokenizer.flush()
+        elif self.tokenizer is not None:
+            ends = reason in (FinishReason.EOS, FinishReason.STOP) and live.completion.token_ids
+            shown = ids[:-1] if ends else ids
+            skip = live.params.skip_special_tokens
+            completion.text = self.tokenizer.decode(shown, skip_special_tokens=skip)
+
+    def _refuse(self, refused: RequestRefused) -> None:
+        if refused.field:
+            raise InvalidRequest(refused.field, refused.message)
+        raise Overloaded(refused.message)
+
+
+def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    if prompts and isinstance(prompts[0], (int, np.integer)):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _first(*values: float | None) -> float:
+    """The first value that is given."""
+    return next(value for value in values if value is not None)
