@@ -29,7 +29,6 @@ _MAX_STAGES = 8
 _MIN_SHARE = 8
 """Blocks of KV that a thread block takes at least: fewer would only be merged again."""
 _SHARE_WORDS, _ROW_WORDS, _TILE_WORDS = 8, 4, 8
-_MMA_TILE_ROWS, _MMA_THREADS = 64, 128
 
 
 @dataclass(frozen=True)
@@ -96,6 +95,17 @@ class AttentionSpec:
 
 
 @dataclass(frozen=True)
+class _Prefill:
+    """One of the prefill kernels and how it is launched."""
+
+    source: str
+    tile_rows: int
+    threads: int
+    blocks_per_sm: int
+    shared_bytes: int
+
+
+@dataclass(frozen=True)
 class _DecodeConfig:
     """How the decode kernel fills a multiprocessor."""
 
@@ -139,13 +149,15 @@ class PagedAttention:
         self.spec = spec
         self._library = library
         self._pdl = library.pdl and not portable
-        self._config = decode_config(spec, library.compiler.arch)
+        arch = library.compiler.arch
+        self._config = decode_config(spec, arch)
+        self._prefill = _prefill_kernel(spec, arch, portable)
         self._max_rows, self._max_tokens = max_rows, max_tokens
         self._num_shares = library.num_sms * self._config.blocks_per_sm
         self._plan = library.get("attention_plan.cu", "attention_plan")
         self._kernels = [
             library.get(program.source, program.source.removesuffix(".cu"), program.defines)
-            for program in programs(spec, library.compiler.arch, portable)[1:]
+            for program in programs(spec, arch, portable)[1:]
         ]
         device = torch.device("cuda", library.device)
 
@@ -160,7 +172,7 @@ class PagedAttention:
         self._partials = torch.zeros(partial_floats, dtype=torch.float32, device=device)
 
     def _tile_limit(self, rows: int, tokens: int) -> int:
-        return tokens * self.spec.group // _MMA_TILE_ROWS + min(rows, tokens // 2 + 1)
+        return tokens * self.spec.group // self._prefill.tile_rows + min(rows, tokens // 2 + 1)
 
     def plan(
         self,
@@ -206,7 +218,7 @@ class PagedAttention:
                     max_tiles,
                     self.spec.num_kv_heads,
                     self.spec.group,
-                    _MMA_TILE_ROWS,
+                    self._prefill.tile_rows,
                     _MIN_SHARE,
                 ),
                 pdl=self._pdl,
@@ -276,12 +288,14 @@ class PagedAttention:
             pdl=self._pdl,
         )
         if work.max_tiles:
+            how = self._prefill
             tiles = (q, out, keys, values, block_table, self._tiles, k_scale, v_scale)
+            most = self._library.num_sms * how.blocks_per_sm
             prefill.launch(
-                (min(work.max_tiles * spec.num_kv_heads, 2 * self._library.num_sms), 1, 1),
-                (_MMA_THREADS, 1, 1),
+                (min(work.max_tiles * spec.num_kv_heads, most), 1, 1),
+                (how.threads, 1, 1),
                 (*tiles, work.max_tiles, *ends),
-                shared_bytes=_mma_shared_bytes(spec),
+                shared_bytes=how.shared_bytes,
                 pdl=self._pdl,
             )
         return out
@@ -357,7 +371,7 @@ def programs(spec: AttentionSpec, arch: str, portable: bool = False) -> list[Pro
     return [
         plan,
         Program("attention_decode.cu", decode),
-        Program("attention_prefill_mma.cu", spec.defines()),
+        Program(_prefill_kernel(spec, arch, portable).source, spec.defines()),
     ]
 
 
@@ -379,9 +393,17 @@ def decode_config(spec: AttentionSpec, arch: str) -> _DecodeConfig:
     )
 
 
-def _mma_shared_bytes(spec: AttentionSpec) -> int:
-    stage_blocks = 2 if spec.head_dim > 128 else 4
-    return _MMA_TILE_ROWS * spec.head_dim * 2 + 2 * 2 * stage_blocks * spec.run_bytes
+def _prefill_kernel(spec: AttentionSpec, arch: str, portable: bool) -> _Prefill:
+    """wgmma on Hopper, where the cache's columns are all of 128 bytes and 16-bit; else mma.sync."""
+    dim = spec.head_dim
+    if arch == "sm_90a" and not portable and not spec.fp8 and dim in (64, 128, 256):
+        tile_keys, buffers = (64, 1) if dim > 128 else (128, 2)
+        stages = 2
+        shared = (buffers * 128 + 2 * stages * tile_keys) * dim * 2 + (4 * stages + 2 * buffers) * 8
+        return _Prefill("attention_prefill_wgmma.cu", 128, 384, 1, shared)
+    stage_blocks = 2 if dim > 128 else 4
+    shared = 64 * dim * 2 + 2 * 2 * stage_blocks * spec.run_bytes
+    return _Prefill("attention_prefill_mma.cu", 64, 128, 2, shared)
 
 
 def _check_kind(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> None:
