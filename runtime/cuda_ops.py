@@ -30,17 +30,37 @@ class CudaOps:
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return norm.rms_norm(self._kernels, x, weight, eps)
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return norm.add_rms_norm(self._kernels, x, residual, weight, eps)
-
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        rows, (out, width) = x.shape[0], weight.shape
-        if bias is None and self._skinny.supports(rows, out, width, x.dtype):
+        if bias is None and self._few_rows(x, weight):
             return self._skinny.linear(x, weight)
         return F.linear(x, weight, bias)
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
-        return activation.silu_mul(self._kernels, gate_up)
+    def norm_linear(
+        self, x: Tensor, norm: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: float
+    ) -> Tensor:
+        if bias is None and x.dtype == torch.bfloat16 and self._few_rows(x, weight):
+            return self._skinny.linear(x, weight, norm=norm, eps=eps)
+        return self.linear(self.rms_norm(x, norm, eps), weight, bias)
+
+    def norm_gated_linear(self, x: Tensor, norm: Tensor, gate_up: Tensor, *, eps: float) -> Tensor:
+        if x.dtype == torch.bfloat16 and self._few_rows(x, gate_up):
+            return self._skinny.linear(x, gate_up, norm=norm, eps=eps, gated=True)
+        return activation.silu_mul(self._kernels, self.norm_linear(x, norm, gate_up, eps=eps))
+
+    def add_linear(
+        self, residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None
+    ) -> None:
+        if bias is None and self._few_rows(x, weight):
+            self._skinny.linear(x, weight, residual, residual=residual)
+            return
+        # The product adds to what is there as it writes: no pass of its own.
+        residual.addmm_(x, weight.t())
+        if bias is not None:
+            residual.add_(bias)
+
+    def _few_rows(self, x: Tensor, weight: Tensor) -> bool:
+        """Whether reading the weight is all that the product's time depends on."""
+        return self._skinny.supports(x.shape[0], weight.shape[0], weight.shape[1], x.dtype)
 
     def rope_and_cache(
         self,

@@ -80,7 +80,9 @@ def _programs(kernels: KernelLibrary, model: ModelConfig, shape: StepShape) -> I
     yield from attention.programs(spec, kernels.compiler.arch)
     yield from cuda_step.programs(dtype, model.vocab_size)
     heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
-    skinny = SkinnyLinear(kernels)
-    for out in (heads, model.hidden_size, 2 * model.intermediate_size, model.vocab_size):
-        if dtype != torch.float32:
-            yield from skinny.programs(out, dtype)
+    if dtype != torch.float32:
+        skinny, fused = SkinnyLinear(kernels), dtype == torch.bfloat16
+        yield from skinny.programs(heads, dtype, norm=fused)
+        yield from skinny.programs(model.hidden_size, dtype, residual=True)
+        yield from skinny.programs(2 * model.intermediate_size, dtype, norm=fused, gated=fused)
+        yield from skinny.programs(model.vocab_size, dtype, norm=fused)

@@ -85,16 +85,25 @@ class Ops(Protocol):
         """
         ...
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """[P, H], [P, H], [H] -> [P, H]: residual += x in place, then rms_norm(residual)."""
-        ...
-
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """[P, in], [out, in], [out] -> [P, out]."""
         ...
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
-        """[P, 2 * I] -> [P, I]: silu(first half) * second half (Shazeer 2020, SwiGLU)."""
+    def norm_linear(
+        self, x: Tensor, norm: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: float
+    ) -> Tensor:
+        """[P, H], [H], [out, H], [out] -> [P, out]: linear of rms_norm(x, norm, eps)."""
+        ...
+
+    def norm_gated_linear(self, x: Tensor, norm: Tensor, gate_up: Tensor, *, eps: float) -> Tensor:
+        """[P, H], [H], [2 * I, H] -> [P, I]: silu(gate) * up, where norm_linear gives the gate,
+        then the up projection (Shazeer 2020, SwiGLU)."""
+        ...
+
+    def add_linear(
+        self, residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None
+    ) -> None:
+        """residual [P, H] += linear(x, weight, bias), in place."""
         ...
 
     def rope_and_cache(

@@ -27,9 +27,6 @@ class TorchOps:
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return functional.rms_norm(x, weight.shape, weight, eps)
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return functional.rms_norm(residual.add_(x), weight.shape, weight, eps)
-
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if self._onednn and x.dtype is torch.float32 and weight.numel() >= _LARGE:
             # torch gives float32 to a BLAS that multiplies one row on one core alone, and few
@@ -38,9 +35,19 @@ class TorchOps:
             return product
         return functional.linear(x, weight, bias)
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
-        gate, up = gate_up.chunk(2, dim=-1)
+    def norm_linear(
+        self, x: Tensor, norm: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: float
+    ) -> Tensor:
+        return self.linear(self.rms_norm(x, norm, eps), weight, bias)
+
+    def norm_gated_linear(self, x: Tensor, norm: Tensor, gate_up: Tensor, *, eps: float) -> Tensor:
+        gate, up = self.norm_linear(x, norm, gate_up, eps=eps).chunk(2, dim=-1)
         return functional.silu(gate).mul_(up)
+
+    def add_linear(
+        self, residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None
+    ) -> None:
+        residual.add_(self.linear(x, weight, bias))
 
     def rope_and_cache(
         self,

@@ -88,14 +88,13 @@ class Qwen3:
             yield linear("head", hidden, ("lm_head.weight", config.vocab_size))
 
     def forward(self, ops: Ops, batch: Batch, cache: KVCache) -> Tensor:
-        """The hidden states [P, H] of the step's tokens after the last norm."""
+        """The hidden states [P, H] of the step's tokens, before the last norm."""
         config = self.config
         eps = config.rms_norm_eps
-        residual = ops.embed(self.embedding, batch.tokens)
-        x = ops.rms_norm(residual, self.layers[0].input_norm, eps)
+        x = ops.embed(self.embedding, batch.tokens)
         for index, layer in enumerate(self.layers):
             q = ops.rope_and_cache(
-                ops.linear(x, layer.qkv, layer.qkv_bias),
+                ops.norm_linear(x, layer.input_norm, layer.qkv, layer.qkv_bias, eps=eps),
                 batch,
                 cache,
                 index,
@@ -108,17 +107,14 @@ class Qwen3:
                 eps=eps,
             )
             attended = ops.attention(q, batch, cache, index, scale=self.scale)
-            x = ops.linear(attended, layer.output, layer.output_bias)
-            x = ops.add_rms_norm(x, residual, layer.post_norm, eps)
-            x = ops.linear(ops.silu_mul(ops.linear(x, layer.gate_up)), layer.down)
-            last = index + 1 == config.num_layers
-            following = self.final_norm if last else self.layers[index + 1].input_norm
-            x = ops.add_rms_norm(x, residual, following, eps)
+            ops.add_linear(x, attended, layer.output, layer.output_bias)
+            gated = ops.norm_gated_linear(x, layer.post_norm, layer.gate_up, eps=eps)
+            ops.add_linear(x, gated, layer.down)
         return x
 
     def logits(self, ops: Ops, hidden: Tensor) -> Tensor:
-        """[S, H] -> [S, V], in the model's dtype."""
-        return ops.linear(hidden, self.head)
+        """Hidden states of `forward` [S, H] -> [S, V], in the model's dtype."""
+        return ops.norm_linear(hidden, self.final_norm, self.head, eps=self.config.rms_norm_eps)
 
 
 def _layer(weights: Weights, prefix: str) -> _Layer:
