@@ -12,28 +12,18 @@ from cpython.buffer cimport (
     PyObject_GetBuffer,
 )
 from libc.math cimport INFINITY
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t, uintptr_t
-from libc.stdlib cimport calloc, free, malloc, realloc
-from libc.string cimport memcpy, memset
-
-from hashlib import blake2b
+from libc.stdint cimport int32_t, int64_t, uint64_t, uintptr_t
+from libc.stdlib cimport free, malloc, realloc
+from libc.string cimport memcpy
 
 import numpy as np
 
 from zllm.errors import ConfigError, InvalidRequest, Overloaded, RequestExists
-from zllm.native.arena cimport (
-    MAX_END_IDS,
-    S_MIN_P,
-    S_RANDOM,
-    S_TOP_K,
-    S_TOP_P,
-)
 from zllm.native.block_pool cimport pool_available
 from zllm.native.books cimport (
     Books,
     Limits,
     Step,
-    Tenant,
     books_free,
     books_init,
     books_reserve,
@@ -42,27 +32,28 @@ from zllm.native.books cimport (
     step_of,
 )
 from zllm.native.checks cimport verify_books
+from zllm.native.intake cimport (
+    features_of,
+    insert_request,
+    new_request,
+    require_valid,
+    salt_of,
+    tenant_index,
+)
 from zllm.native.packing cimport Packed, arena_words, pack_step
 from zllm.native.planner cimport expire_waiting, plan_step
 from zllm.native.radix_tree cimport Salt, tree_flush
 from zllm.native.retire cimport EventList, Started, drain_ended, retire_step
 from zllm.native.sequence cimport (
     ABORTED,
-    CONTEXT_LIMIT,
-    FORK,
-    LENGTH,
     Request,
     Sequence,
     blocks_for,
-    request_free,
-    sequence_free,
     sequence_new,
     waiting_deadline,
 )
 
 POLICIES = ("fcfs", "priority", "sjf", "lpm", "fair")  # in the order of policy.pxd
-
-MANY_TENANTS = 1024
 
 
 cdef class Plan:
@@ -108,6 +99,15 @@ cdef Events new_events(const EventList* found):
 
 cdef object array_of(const void* data, Py_ssize_t size, str dtype):
     return np.frombuffer((<const char*> data)[:size], dtype)
+
+
+cdef int grow(void** buffer, size_t size) noexcept nogil:
+    """Enlarge a buffer; -1 when memory ran out, and then it is as it was."""
+    cdef void* grown = realloc(buffer[0], size)
+    if grown == NULL:
+        return -1
+    buffer[0] = grown
+    return 0
 
 
 cdef class Scheduler:
@@ -170,6 +170,9 @@ cdef class Scheduler:
         self.max_queued_requests = max_queued_requests
         self.max_queued_tokens = max_queued_tokens
         self._reserve(2 * limits.max_num_seqs)
+        self.started = <Started*> malloc(limits.max_num_seqs * sizeof(Started))
+        if self.started == NULL:
+            raise MemoryError(f"no memory for {limits.max_num_seqs} sequences")
 
     def __dealloc__(self):
         books_free(&self.books)
@@ -188,21 +191,11 @@ cdef class Scheduler:
         if n <= self.found_capacity:
             return 0
         n *= 2
-        free(self.found.request_ids)
-        free(self.found.indices)
-        free(self.found.tokens)
-        free(self.found.finishes)
-        free(self.found.rows)
-        free(self.started)
-        self.found_capacity = 0
-        self.found.request_ids = <int64_t*> malloc(n * sizeof(int64_t))
-        self.found.indices = <int32_t*> malloc(n * sizeof(int32_t))
-        self.found.tokens = <int32_t*> malloc(n * sizeof(int32_t))
-        self.found.finishes = <uint8_t*> malloc(n)
-        self.found.rows = <int32_t*> malloc(n * sizeof(int32_t))
-        self.started = <Started*> malloc(self.books.limits.max_num_seqs * sizeof(Started))
-        if not (self.found.request_ids and self.found.indices and self.found.tokens
-                and self.found.finishes and self.found.rows and self.started):
+        if (grow(<void**> &self.found.request_ids, n * sizeof(int64_t)) < 0
+                or grow(<void**> &self.found.indices, n * sizeof(int32_t)) < 0
+                or grow(<void**> &self.found.tokens, n * sizeof(int32_t)) < 0
+                or grow(<void**> &self.found.finishes, n) < 0
+                or grow(<void**> &self.found.rows, n * sizeof(int32_t)) < 0):
             raise MemoryError("no memory for one more sequence")
         self.found_capacity = n
         return 0
@@ -233,31 +226,27 @@ cdef class Scheduler:
     ):
         """Queue a request; see scheduler.pyi."""
         cdef const int32_t[::1] tokens = prompt
-        cdef Py_ssize_t prompt_len = tokens.shape[0]
         cdef Request* request
+        cdef int32_t tenant_number
+        cdef Salt salt_number = salt_of(salt)
         eos = tuple(dict.fromkeys(eos_token_ids))
         stops = tuple(t for t in dict.fromkeys(stop_token_ids) if t not in eos)
-        self._validate(request_id, prompt_len, max_tokens, min_tokens, len(eos) + len(stops),
-                       num_sequences)
-        self._make_room(prompt_len)
+        end_ids = np.array(eos + stops, np.int32)
+        if request_id in self.ids:
+            raise RequestExists("request_id", f"{request_id} is that of a live request")
+        require_valid(&self.books, tokens.shape[0], max_tokens, min_tokens, len(end_ids),
+                      num_sequences)
+        self._require_room(tokens.shape[0])
         self._reserve(self.books.num_live + num_sequences)
-        request = <Request*> calloc(1, sizeof(Request))
-        if request == NULL:
-            raise MemoryError("no memory for one more request")
-        request.tenant = self._tenant(tenant)
+        tenant_number = tenant_index(&self.books, self.tenants, tenant)
+        request = new_request(&self.books, tokens, max_tokens, min_tokens, end_ids, num_sequences)
         request.id = request_id
-        request.prompt_len = <int32_t> prompt_len
-        request.max_len = <int32_t> min(prompt_len + max_tokens, self.books.limits.max_model_len)
-        request.length_finish = (
-            LENGTH if prompt_len + max_tokens <= self.books.limits.max_model_len
-            else CONTEXT_LIMIT
-        )
-        request.min_len = <int32_t> min(prompt_len + min_tokens, request.max_len)
+        request.tenant = tenant_number
+        request.num_eos = <int32_t> len(eos)
         request.bypass_cache = bypass_cache
-        request.cached_tokens = -1
         request.num_logprobs = num_logprobs
         request.priority = priority
-        request.salt = salt_of(salt)
+        request.salt = salt_number
         request.seed = seed
         request.temperature = temperature
         request.top_p = top_p
@@ -267,42 +256,8 @@ cdef class Scheduler:
         request.arrived = now
         request.queue_deadline = now + queue_timeout if queue_timeout > 0 else INFINITY
         request.deadline = now + time_limit if time_limit > 0 else INFINITY
-        request.num_eos = <int32_t> len(eos)
-        request.num_end_ids = <int32_t> (len(eos) + len(stops))
-        request.end_ids = <int32_t*> malloc(max(1, request.num_end_ids) * sizeof(int32_t))
-        if request.end_ids == NULL or not add_members(&self.books, request, num_sequences,
-                                                      &tokens[0]):
-            self._drop(request)
-            raise MemoryError(f"no memory for {num_sequences} sequences of "
-                              f"{request.max_len} tokens")
-        for i, token in enumerate(eos + stops):
-            request.end_ids[i] = token
-        self.books.num_arrivals += 1
-        queue_push(&self.books, request.members[0])
+        insert_request(&self.books, request)
         self.ids[request_id] = <uintptr_t> request
-
-    cdef int32_t _tenant(self, str name) except -1:
-        """The tenant's index; a new one takes the place of one that is idle when many are."""
-        cdef int32_t index
-        cdef void* grown
-        if name in self.tenants:
-            return self.tenants[name]
-        if len(self.tenants) >= MANY_TENANTS:
-            for other, index in self.tenants.items():
-                if self.books.tenants[index].num_live == 0:
-                    del self.tenants[other]
-                    memset(&self.books.tenants[index], 0, sizeof(Tenant))
-                    self.tenants[name] = index
-                    return index
-        index = self.books.num_tenants
-        grown = realloc(self.books.tenants, (index + 1) * sizeof(Tenant))
-        if grown == NULL:
-            raise MemoryError("no memory for one more tenant")
-        self.books.tenants = <Tenant*> grown
-        memset(&self.books.tenants[index], 0, sizeof(Tenant))
-        self.books.num_tenants += 1
-        self.tenants[name] = index
-        return index
 
     def fork(self, int64_t request_id, int32_t index, int32_t token):
         """Add a sequence to a live request; see scheduler.pyi."""
@@ -331,45 +286,7 @@ cdef class Scheduler:
         queue_push(&self.books, seq)
         return seq.index
 
-    cdef void _drop(self, Request* request):
-        """Undo an addition that ran out of memory."""
-        cdef int32_t i
-        for i in range(request.num_indices):
-            sequence_free(request.members[i])
-        request_free(request)
-
-    cdef int _validate(self, int64_t request_id, int64_t prompt_len, int64_t max_tokens,
-                       int64_t min_tokens, int64_t num_end_ids, int64_t num_sequences) except -1:
-        cdef int64_t usable = self.books.pool.num_blocks - 1
-        if request_id in self.ids:
-            raise RequestExists("request_id", f"{request_id} is that of a live request")
-        if prompt_len < 1:
-            raise InvalidRequest("prompt", "is empty; give at least one token")
-        if prompt_len >= self.books.limits.max_model_len:
-            raise InvalidRequest(
-                "prompt",
-                f"has {prompt_len} tokens, but prompt and answer together may have "
-                f"{self.books.limits.max_model_len} at most; shorten it",
-            )
-        if (prompt_len + 15) // 16 > usable:
-            raise InvalidRequest(
-                "prompt",
-                f"has {prompt_len} tokens, but the KV cache holds {usable * 16}; "
-                "shorten it or enlarge the cache",
-            )
-        if max_tokens < 1:
-            raise InvalidRequest("stopping.max_tokens", f"is {max_tokens}; it must be at least 1")
-        if min_tokens > 0 and num_end_ids > MAX_END_IDS:
-            raise InvalidRequest(
-                "stopping.stop_token_ids",
-                f"with min_tokens at most {MAX_END_IDS} end ids (EOS and stop_token_ids) are "
-                f"possible, not {num_end_ids}; give fewer",
-            )
-        if num_sequences < 1:
-            raise InvalidRequest("sampling.num_sequences", f"is {num_sequences}; give 1 or more")
-        return 0
-
-    cdef int _make_room(self, int64_t prompt_len) except -1:
+    cdef int _require_room(self, int64_t prompt_len) except -1:
         cdef Books* books = &self.books
         if books.num_waiting >= self.max_queued_requests:
             raise Overloaded(f"{books.num_waiting} requests wait already "
@@ -525,51 +442,3 @@ cdef class Scheduler:
     def check(self):
         """Verify every invariant of pool, tree, rows and queues; raises InvariantError."""
         verify_books(&self.books)
-
-
-cdef bint add_members(Books* books, Request* request, int32_t count,
-                      const int32_t* prompt) noexcept nogil:
-    """The request's sequences: the first computes the prompt, the others fork from it."""
-    cdef Sequence* seq
-    cdef int32_t i
-    request.first_arrival = books.num_arrivals << 20
-    for i in range(count):
-        seq = sequence_new(request)
-        if seq == NULL:
-            return False
-        memcpy(seq.tokens, prompt, request.prompt_len * sizeof(int32_t))
-        seq.num_tokens = request.prompt_len
-        seq.arrival = request.first_arrival + i
-        seq.born = books.counters.admissions
-        if i:
-            seq.state = FORK
-            seq.source = 0
-    books.num_live += count
-    books.num_forks += count - 1
-    books.tenants[request.tenant].num_live += count
-    return True
-
-
-cdef Salt salt_of(str text):
-    """128 bits that stand for a salt; the empty one is zero."""
-    cdef Salt salt
-    cdef const uint8_t[::1] digest
-    memset(&salt, 0, sizeof(Salt))
-    if text:
-        digest = blake2b(text.encode(), digest_size=16).digest()
-        memcpy(&salt, &digest[0], sizeof(Salt))
-    return salt
-
-
-cdef int32_t features_of(const Request* request) noexcept nogil:
-    """S_ bits that a request always needs; greedy ones ignore all filters."""
-    cdef int32_t features = 0
-    if request.temperature > 0:
-        features |= S_RANDOM
-        if request.top_k > 0:
-            features |= S_TOP_K
-        if request.top_p < 1:
-            features |= S_TOP_P
-        if request.min_p > 0:
-            features |= S_MIN_P
-    return features
