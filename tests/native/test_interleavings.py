@@ -188,7 +188,7 @@ class Interleavings(RuleBasedStateMachine):
 
 class TestInterleavings(Interleavings.TestCase):  # type: ignore[misc, name-defined]
     settings = settings(
-        max_examples=40,
+        max_examples=150,
         stateful_step_count=40,
         deadline=None,
         suppress_health_check=[HealthCheck.too_slow],

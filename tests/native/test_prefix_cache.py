@@ -107,7 +107,7 @@ class CacheMachine(RuleBasedStateMachine):
 
 
 class TestCache(CacheMachine.TestCase):  # type: ignore[misc, name-defined]
-    settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+    settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
 
 
 def test_more_blocks_than_there_are_give_zero() -> None:
