@@ -43,38 +43,44 @@ async def serve(
     chat_template = load_chat_template(engine_config.model)
     name = engine_config.served_model_name or engine_config.model.name
     say(f"zllm {version}: loading {name} from {engine_config.model}")
+    server = Server(config, version=version, engines=[engine_config])
+    await server.start()
     engine = EngineProcess(engine_config, timeout=config.engine_timeout)
     starting = asyncio.create_task(engine.start())
     stopping = asyncio.create_task(stop.wait())
-    await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
-    if not starting.done():
-        starting.cancel()
-        await engine.stop()
-        return 0
-    ready = await starting
     try:
+        await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            starting.cancel()
+            await asyncio.wait({starting})
+            return 0
+        ready = await starting
         for line in ready.startup_report:
             say(line)
-        model = ServedModel(
-            name=name,
-            card=ready.card,
-            tokenizer=tokenizer,
-            chat_template=chat_template,
-            engine=engine.client,
-            max_context_tokens=ready.max_model_len,
+        await server.add(
+            ServedModel(
+                name=name,
+                card=ready.card,
+                tokenizer=tokenizer,
+                chat_template=chat_template,
+                engine=engine.client,
+                max_context_tokens=ready.max_model_len,
+            )
         )
-        server = Server(config, [model], version=version, engines=[engine_config])
-        await server.start()
         say(f"admin on {join_address(config.admin_host, server.admin_port)}")
         say(f"listening on {join_address(config.host, server.port)}")
-        died = asyncio.create_task(engine.wait())
-        await asyncio.wait({stopping, died}, return_when=asyncio.FIRST_COMPLETED)
-        lost = not stop.is_set()
-        if lost:
-            print(f"zllm: {died.result()}; stopping", file=sys.stderr, flush=True)
-        died.cancel()
-        await server.stop(0.0 if lost else config.shutdown_grace, hurry)
-        return ENGINE_LOST if lost else 0
+        return await _until_stopped(engine, stopping)
     finally:
         stopping.cancel()
+        await server.stop(config.shutdown_grace if engine.client.healthy else 0.0, hurry)
         await engine.stop()
+
+
+async def _until_stopped(engine: EngineProcess, stopping: asyncio.Task[bool]) -> int:
+    died = asyncio.create_task(engine.wait())
+    await asyncio.wait({stopping, died}, return_when=asyncio.FIRST_COMPLETED)
+    if stopping.done():
+        died.cancel()
+        return 0
+    print(f"zllm: {died.result()}; stopping", file=sys.stderr, flush=True)
+    return ENGINE_LOST

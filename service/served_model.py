@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from zllm.errors import UnknownModel
+from zllm.errors import Unavailable, UnknownModel
 from zllm.runtime.chat_template import ChatTemplate
 from zllm.runtime.messages import ModelCard
 from zllm.runtime.tokenizer import Tokenizer
@@ -43,11 +43,14 @@ class Models:
         self.by_name[model.name] = model
 
     def find(self, name: str, field: str = "model") -> ServedModel:
-        """The model of that name, or the first where `name` is empty. Raises UnknownModel."""
-        if not name and self.by_name:
+        """The model of that name, or the first where `name` is empty. Raises UnknownModel, and
+        Unavailable while none is loaded."""
+        if not self.by_name:
+            raise Unavailable("the model is still loading")
+        if not name:
             return next(iter(self.by_name.values()))
         model = self.by_name.get(name)
         if model is None:
-            served = ", ".join(self.by_name) or "none"
+            served = ", ".join(self.by_name)
             raise UnknownModel(field, f"{name[:200]!r} is not served here; served: {served}")
         return model

@@ -28,18 +28,14 @@ LAST_WRITES_S = 0.5
 
 
 class Server:
-    """Serves `models` from start() to stop(). The engines are the caller's."""
+    """Listens from start() to stop(), and is healthy once it has a model whose engine is. The
+    engines are the caller's."""
 
     def __init__(
-        self,
-        config: ServerConfig,
-        models: Sequence[ServedModel],
-        *,
-        version: str,
-        engines: Sequence[EngineConfig] = (),
+        self, config: ServerConfig, *, version: str, engines: Sequence[EngineConfig] = ()
     ) -> None:
         self._config = config
-        self._models = Models({model.name: model for model in models})
+        self._models = Models()
         self._health = Health()
         self._generation = GenerationService(self._models, config.queue_timeout)
         self._admin = AdminService(self._models, version, config, list(engines))
@@ -57,17 +53,22 @@ class Server:
         self.admin_port = 0
 
     async def start(self) -> None:
-        """Listens. Raises ConfigError where a port is taken."""
+        """Listens; requests are UNAVAILABLE until add(). Raises ConfigError where a port is
+        taken."""
         config = self._config
         self.port = _listen(self._public, config.host, config.port, "--port")
         self.admin_port = _listen(
             self._private, config.admin_host, config.admin_port, "--admin-port"
         )
-        for model in self._models.by_name.values():
-            model.engine.on_health = self._follow
-        self._follow()
+        await self._health.set_now(False)
         await self._public.start()
         await self._private.start()
+
+    async def add(self, model: ServedModel) -> None:
+        """Serves this model too, from now on."""
+        self._models.add(model)
+        model.engine.on_health = self._follow
+        await self._health.set_now(self._healthy())
 
     async def stop(self, grace: float, hurry: asyncio.Event | None = None) -> None:
         """Refuses new work, lets running requests finish for `grace` seconds or until `hurry`,
@@ -87,7 +88,11 @@ class Server:
         await asyncio.gather(self._public.stop(LAST_WRITES_S), self._private.stop(LAST_WRITES_S))
 
     def _follow(self, _: bool = True) -> None:
-        self._health.set(all(m.engine.healthy for m in self._models.by_name.values()))
+        self._health.set(self._healthy())
+
+    def _healthy(self) -> bool:
+        models = self._models.by_name.values()
+        return bool(models) and all(model.engine.healthy for model in models)
 
     @staticmethod
     def _add(

@@ -57,26 +57,32 @@ class EngineProcess:
         )
         assert process.stdin is not None  # asked for with PIPE; its end tells the engine to end
         process.stdin.write(msgspec.json.encode(self._config, enc_hook=str) + b"\n")
-        ready = asyncio.create_task(self.client.connect())
-        died = asyncio.create_task(process.wait())
-        await asyncio.wait({ready, died}, return_when=asyncio.FIRST_COMPLETED)
-        if not ready.done():
-            # A last word may still be on its way.
-            await asyncio.wait({ready}, timeout=0.5)
         try:
-            if not ready.done():
-                ready.cancel()
-                raise ConfigError(
-                    f"the engine's process ended with {_exit_words(died.result())} while loading; "
-                    "its own output above says why"
-                )
-            report = await ready
-        except ConfigError:
+            report = await self._first_word(process)
+        except (ConfigError, asyncio.CancelledError):
             await self.stop()
             raise
         shutil.rmtree(self._directory, ignore_errors=True)
         self._watch = asyncio.create_task(self._await_death())
         return report
+
+    async def _first_word(self, process: asyncio.subprocess.Process) -> EngineReady:
+        ready = asyncio.create_task(self.client.connect())
+        died = asyncio.create_task(process.wait())
+        try:
+            await asyncio.wait({ready, died}, return_when=asyncio.FIRST_COMPLETED)
+            # A last word may still be on its way.
+            await asyncio.wait({ready}, timeout=0.5)
+            if ready.done():
+                return ready.result()
+            raise ConfigError(
+                f"the engine's process ended with {_exit_words(died.result())} while loading; "
+                "its own output above says why"
+            )
+        finally:
+            for task in (ready, died):
+                task.cancel()
+            await asyncio.wait({ready, died})
 
     async def wait(self) -> str:
         """Until the engine's process is gone; returns how it went."""
@@ -91,6 +97,8 @@ class EngineProcess:
             self._watch.cancel()
         process = self._process
         if process is not None and process.returncode is None:
+            if self._watch is None:  # still loading: it would not hear a Shutdown
+                process.kill()
             self.client.shut_down()
             try:
                 await asyncio.wait_for(process.wait(), STOP_S)

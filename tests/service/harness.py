@@ -81,8 +81,9 @@ async def running(
             engine=client,
             max_context_tokens=ready.max_model_len,
         )
-        server = Server(config, [model], version="test")
+        server = Server(config, version="test")
         await server.start()
+        await server.add(model)
         channel = grpc.aio.insecure_channel(f"127.0.0.1:{server.port}")
         admin_channel = grpc.aio.insecure_channel(f"127.0.0.1:{server.admin_port}")
         try:

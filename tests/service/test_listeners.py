@@ -7,11 +7,12 @@ import json
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from tests.service.harness import running
 from tests.service.stub_engine import EOS, VOCAB, StubEngine
-from zllm.clients.aio import AsyncStream
+from zllm.clients.aio import AsyncClient, AsyncStream
 from zllm.clients.results import Delta
 from zllm.errors import ConfigError, InvalidRequest, Unavailable, UnknownModel
 from zllm.service.config import ServerConfig
@@ -127,10 +128,26 @@ def test_reflection_is_off_beyond_loopback() -> None:
 async def test_a_taken_port_is_a_config_error_that_says_what_to_do() -> None:
     async with running() as server:
         config = ServerConfig(port=server.server.port, admin_port=0)
-        second = Server(config, [], version="test")
+        second = Server(config, version="test")
         with pytest.raises(ConfigError, match="--port"):
             await second.start()
         await second.stop(0.0)
+
+
+async def test_while_the_model_loads_the_server_is_there_but_unavailable() -> None:
+    server = Server(ServerConfig(port=0, admin_port=0), version="test")
+    await server.start()
+    target = f"127.0.0.1:{server.port}"
+    async with AsyncClient(target, attempts=1) as client, grpc.aio.insecure_channel(target) as raw:
+        with pytest.raises(Unavailable, match="loading"):
+            await client.generate("abc")
+        with pytest.raises(Unavailable, match="loading"):
+            await client.tokenize("abc")
+        assert await client.models() == []
+        health = health_pb2_grpc.HealthStub(raw)
+        answer = await health.Check(health_pb2.HealthCheckRequest())
+        assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
+    await server.stop(0.0)
 
 
 @pytest.mark.parametrize(

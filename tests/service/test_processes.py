@@ -107,6 +107,17 @@ def test_ctrl_c_ends_it_too() -> None:
         assert served.end(signal.SIGINT) == 0
 
 
+def test_sigterm_while_loading_ends_it_at_once() -> None:
+    process = subprocess.Popen(SERVE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert "loading" in process.stdout.readline()
+    time.sleep(0.5)
+    children = psutil.Process(process.pid).children()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(3) == 0
+    assert all(is_gone(child) for child in children)
+
+
 def test_the_engine_dies_with_its_parent() -> None:
     with serving() as served:
         engine = served.engine()
