@@ -36,8 +36,7 @@ cdef int32_t retire_step(Books* books, Step* step, const int32_t* tokens, EventL
                          Started* started) noexcept nogil:
     """Retire a step; returns how many requests got their first token in it."""
     cdef int32_t num_started = 0
-    cdef int32_t num_sampled = 0
-    cdef int32_t r, token, sampled_row
+    cdef int32_t r, token
     cdef int finish
     cdef Sequence* seq
     books.num_committed += 1
@@ -47,8 +46,6 @@ cdef int32_t retire_step(Books* books, Step* step, const int32_t* tokens, EventL
     for r in range(step.num_rows):
         seq = step.seqs[r]
         seq.in_flight -= 1
-        sampled_row = num_sampled
-        num_sampled += step.flags[r] & F_SAMPLE
         if seq.state == ZOMBIE:
             leave_if_retired(books, seq)
             continue
@@ -71,7 +68,7 @@ cdef int32_t retire_step(Books* books, Step* step, const int32_t* tokens, EventL
                 started[num_started].cached_tokens = seq.request.cached_tokens
                 started[num_started].queued = seq.request.admitted - seq.request.arrived
                 num_started += 1
-            report(events, seq.request.id, seq.index, token, finish, sampled_row)
+            report(events, seq.request.id, seq.index, token, finish, r)
         if books.caching and not seq.request.bypass_cache:
             cache_blocks(books, seq, step.kv_len[r] + step.q_len[r])
         if finish:

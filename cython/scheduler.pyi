@@ -31,7 +31,7 @@ class Events:
     finishes: npt.NDArray[np.uint8]
     """FinishReason; 0 while the sequence goes on."""
     rows: npt.NDArray[np.int32]
-    """Index of the sampled row within the step, for its logprobs; -1 where token is -1."""
+    """Index of the token's row among the step's rows, as in `commit`; -1 where token is -1."""
     started: list[tuple[int, int, float]]
     """(request id, cached tokens, seconds queued) of requests whose first token is here."""
 
