@@ -119,6 +119,16 @@ def test_so_few_blocks_that_sequences_must_give_way(
     assert server.scheduler.stats()["preemptions"] > 0
 
 
+def test_swapped_sequences_come_back_as_they_were(folder_of: Any) -> None:
+    server = Server(
+        folder_of("gqa2"), num_kv_blocks=4, max_num_batched_tokens=48, swap_space_gib=0.01
+    )
+    check("gqa2", server, SHORT, spacing=0, count=LONG)
+    stats = server.scheduler.stats()
+    assert stats["swaps_out"] > 0
+    assert stats["swaps_in"] > 0
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_stays_close(dtype: str, folder_of: Any) -> None:
     """No test of equality: rounding moves the logits by what the type resolves."""

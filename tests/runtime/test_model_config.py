@@ -1,0 +1,120 @@
+"""config.json as the field writes it, and what is said of a bad one."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from zllm.errors import ModelLoadError
+from zllm.runtime.model_config import ModelConfig
+from zllm.runtime.models.registry import model_class
+
+BASE: dict[str, Any] = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "vocab_size": 1000,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 256,
+}
+
+
+def read(generation: dict[str, Any] | None = None, **changes: Any) -> ModelConfig:
+    raw = {name: value for name, value in {**BASE, **changes}.items() if value is not None}
+    return ModelConfig.from_dict(raw, generation)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_theta": 5e6},
+        {"rope_theta": 5e6, "rope_scaling": None},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e6}},
+        {"rope_parameters": {"rope_theta": 5_000_000}, "rope_theta": 1.0},
+    ],
+)
+def test_rope_theta_in_its_old_and_its_new_place(rope):
+    assert read(**rope).rope.theta == 5e6
+
+
+def test_without_a_head_dim_the_heads_share_the_hidden_size():
+    assert read(head_dim=None).head_dim == 16
+
+
+def test_without_key_value_heads_every_head_has_its_own():
+    assert read(num_key_value_heads=None).num_kv_heads == 4
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_the_checkpoints_type_under_both_of_its_names(name):
+    assert read(**{name: "bfloat16"}).dtype is torch.bfloat16
+
+
+def test_generation_config_gives_end_tokens_and_sampling_defaults():
+    config = read(
+        {"eos_token_id": [7, 8], "temperature": 0.6, "top_p": 0.95, "top_k": 20}, eos_token_id=5
+    )
+    assert config.eos_token_ids == (7, 8)
+    assert config.sampling.temperature == 0.6
+    assert config.sampling.top_k == 20
+    assert config.sampling.min_p is None
+
+
+def test_without_generation_config_the_models_own_end_token_counts():
+    assert read(eos_token_id=5).eos_token_ids == (5,)
+    assert read().eos_token_ids == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": None}, "architectures"),
+        ({"vocab_size": None}, "vocab_size is None"),
+        ({"hidden_size": "64"}, "hidden_size is '64'"),
+        ({"num_hidden_layers": 0}, "num_layers is 0"),
+        ({"num_key_value_heads": 3}, "no multiple"),
+        ({"head_dim": 33}, "head_dim is 33"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"dtype": "int4"}, "dtype is 'int4'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "'yarn'"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, "'llama3'"),
+        ({"rope_theta": -1.0}, "rope_theta is -1.0"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    ],
+)
+def test_what_no_model_here_implements_is_named(changes, message):
+    with pytest.raises(ModelLoadError, match=message):
+        read(**changes)
+
+
+def test_an_unknown_architecture_is_named_beside_the_known_ones():
+    config = read(architectures=["MambaForCausalLM"])
+    with pytest.raises(ModelLoadError, match=r"MambaForCausalLM.*Qwen3ForCausalLM"):
+        model_class(config)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "\xff"])
+def test_a_corrupt_file_is_named(tmp_path, text):
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ModelLoadError, match=r"config\.json"):
+        ModelConfig.from_folder(tmp_path)
+
+
+def test_a_folder_without_config_says_what_to_give(tmp_path):
+    with pytest.raises(ModelLoadError, match="give the folder of a Hugging Face checkpoint"):
+        ModelConfig.from_folder(tmp_path)
+
+
+def test_both_files_are_read_from_the_folder(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(BASE))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"min_p": 0.1}))
+    config = ModelConfig.from_folder(tmp_path)
+    assert config.vocab_size == 1000
+    assert config.sampling.min_p == 0.1

@@ -1,0 +1,60 @@
+"""Bad values are refused with the field's path in the contract."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from zllm.errors import InvalidRequest
+from zllm.runtime.sampling_params import SamplingParams
+
+
+@pytest.mark.parametrize(
+    ("field", "options"),
+    [
+        ("sampling.temperature", {"temperature": math.nan}),
+        ("sampling.temperature", {"temperature": math.inf}),
+        ("sampling.temperature", {"temperature": -0.1}),
+        ("sampling.temperature", {"temperature": "hot"}),
+        ("sampling.temperature", {"temperature": True}),
+        ("sampling.top_p", {"top_p": 0.0}),
+        ("sampling.top_p", {"top_p": 2.0}),
+        ("sampling.top_p", {"top_p": math.nan}),
+        ("sampling.min_p", {"min_p": -0.5}),
+        ("sampling.min_p", {"min_p": 1.5}),
+        ("sampling.top_k", {"top_k": -2}),
+        ("sampling.top_k", {"top_k": 1.5}),
+        ("sampling.seed", {"seed": -1}),
+        ("sampling.seed", {"seed": 2**64}),
+        ("stopping.max_tokens", {"max_tokens": 0}),
+        ("stopping.max_tokens", {"max_tokens": -5}),
+        ("stopping.min_tokens", {"min_tokens": -1}),
+        ("stopping.min_tokens", {"min_tokens": 9, "max_tokens": 8}),
+        ("stopping.stop_strings[1]", {"stop": ["end", ""]}),
+        ("stopping.stop_strings", {"stop": ["x"] * 10_000}),
+        ("stopping.stop_token_ids[0]", {"stop_token_ids": [-1]}),
+        ("stopping.stop_token_ids", {"stop_token_ids": range(1000)}),
+        ("output.logprobs", {"logprobs": -1}),
+        ("output.logprobs", {"logprobs": 10_000}),
+    ],
+)
+def test_a_bad_value_is_refused_with_its_path_and_value(field, options):
+    with pytest.raises(InvalidRequest) as caught:
+        SamplingParams(**options)
+    assert caught.value.field == field
+    assert caught.value.reason
+
+
+def test_good_values_are_kept():
+    params = SamplingParams(
+        temperature=0, top_p=1.0, top_k=-1, seed=2**64 - 1, stop="end", stop_token_ids=[3]
+    )
+    assert params.top_k == 0
+    assert params.stop == ("end",)
+    assert params.stop_token_ids == (3,)
+    assert params.min_p is None, "left to the model's generation_config.json"
+
+
+def test_left_out_values_ask_for_16_tokens_as_vllm_does():
+    assert SamplingParams().max_tokens == 16
