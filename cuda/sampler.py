@@ -22,7 +22,7 @@ _COUNTS = (torch.int16,)
 _CHUNK = 64
 _PARTIAL_BYTES = 24
 _MAX_SPLITS = 64
-_SHARED_BYTES = 2048 * 8 + 4096 * 8 + 1024
+_CHOOSE_THREADS = 1024
 _MAX_VOCAB = 1 << 18
 
 
@@ -89,8 +89,10 @@ class Sampler:
         most = max(rows * self._splits(rows) for rows in range(1, max_rows + 1))
         where = f"cuda:{kernels.device}"
         self._partials = torch.empty(most * _PARTIAL_BYTES, dtype=torch.uint8, device=where)
-        chunks = max_rows * -(-vocab // _CHUNK)
-        self._chunk_max = torch.empty(chunks, dtype=torch.float32, device=where)
+        chunks = -(-vocab // _CHUNK)
+        self._chunk_max = torch.empty(max_rows * chunks, dtype=torch.float32, device=where)
+        # struct Shared of sampler.cu: histogram, token list, chunk list and the small rest.
+        self._shared_bytes = 2048 * 8 + 4096 * 8 + -(-chunks // 8) * 16 + 1024
 
     def sample(
         self,
@@ -116,9 +118,9 @@ class Sampler:
         self._scan.launch((splits, num, 1), (256, 1, 1), (*scratch, logits, *where), pdl=self._pdl)
         self._choose.launch(
             (num, 1, 1),
-            (512, 1, 1),
+            (_CHOOSE_THREADS, 1, 1),
             (tokens, last_token, counts, *scratch, logits, *where, splits),
-            shared_bytes=_SHARED_BYTES,
+            shared_bytes=self._shared_bytes,
             pdl=self._pdl,
         )
 

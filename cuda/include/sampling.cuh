@@ -23,6 +23,13 @@ __device__ __forceinline__ void load_logits(const SCALAR* row, int id, float* x)
   for (int j = 0; j < kVec; ++j) x[j] = id + j < VOCAB ? to_float(row[id + j]) : -kInfinity;
 }
 
+// exp2 to float32's accuracy but for results below the normal range, which become 0.
+__device__ __forceinline__ float fast_exp2(float x) {
+  float out;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
+  return out;
+}
+
 // (value, id) as one number: a larger value wins, then the lower id.
 __device__ __forceinline__ u64 pack(float value, int id) {
   const u32 bits = __float_as_uint(value);
@@ -58,9 +65,9 @@ template <int Threads> __device__ __forceinline__ u64 block_max(u64 x, u64* scra
 __device__ __forceinline__ uint4 philox(uint4 counter, uint2 key) {
 #pragma unroll
   for (int round = 0; round < 10; ++round) {
-    const u32 high0 = __umulhi(0xD2511F53u, counter.x), low0 = 0xD2511F53u * counter.x;
-    const u32 high1 = __umulhi(0xCD9E8D57u, counter.z), low1 = 0xCD9E8D57u * counter.z;
-    counter = make_uint4(high1 ^ counter.y ^ key.x, low1, high0 ^ counter.w ^ key.y, low0);
+    const u64 a = u64(0xD2511F53u) * counter.x, b = u64(0xCD9E8D57u) * counter.z;
+    counter = make_uint4(u32(b >> 32) ^ counter.y ^ key.x, u32(b), u32(a >> 32) ^ counter.w ^ key.y,
+                         u32(a));
     key.x += 0x9E3779B9u;
     key.y += 0xBB67AE85u;
   }
@@ -73,6 +80,13 @@ constexpr float kMaxNoise = 16.65f;
 __device__ __forceinline__ float gumbel(u32 random) {
   const float u = fminf((float(random) + 0.5f) * 0x1p-32f, 0x1.fffffep-1f);
   return -logf(-logf(u));
+}
+
+// Random bits below this give less noise than `needed`: u < 1 - v <= exp(-v), v = exp(-needed). A
+// bound, so a little too low.
+__device__ __forceinline__ u32 least_bits(float needed) {
+  const float v = __expf(0.001f - needed);
+  return v < 1.f ? ~u32(v * 0x1p32f) : 0u;
 }
 
 // The noise of tokens 4 * group .. 4 * group + 3 at a position of a sequence.

@@ -21,34 +21,63 @@ __device__ __forceinline__ u32 distance(float best, float x, float inverse_tempe
   return y < 32.f ? u32(y * 0x1p27f) : 0xffffffffu;
 }
 
-// Tokens to search among: a list in shared memory, or the chunks of the row whose largest logit
-// is within `last_bin`.
+// Tokens to search among: a list in shared memory, or chunks of the row.
 template <int Threads> struct Tokens {
   const SCALAR* row;
-  const float* chunk_max;
   float best, inverse_temperature;
-  u32 last_bin;
   u32 cut;            // tokens farther from the best are not visited
+  const u16* chunks;  // which chunks, and how many
+  int num_chunks;
   const uint2* list;  // (q, id); null: read the row
-  int count;
+  int listed;
 
   template <typename F> __device__ __forceinline__ void visit(F f) const {
     if (list != nullptr) {
-      for (int i = threadIdx.x; i < count; i += Threads)
+      for (int i = threadIdx.x; i < listed; i += Threads)
         if (list[i].x <= cut) f(list[i].x, int(list[i].y));
       return;
     }
-    for (int id = threadIdx.x * kVec; id < VOCAB; id += Threads * kVec) {
-      if (distance(best, chunk_max[id / kChunk], inverse_temperature) >> kDigitShift > last_bin)
-        continue;
-      float x[kVec];
-      load_logits(row, id, x);
+    constexpr int kDepth = 2, kLanes = kChunk / kVec;  // loads in flight; lanes a chunk
+    const int vectors = num_chunks * kLanes;
+    for (int base = threadIdx.x; base < vectors; base += Threads * kDepth) {
+      float x[kDepth][kVec];
+      int ids[kDepth];
 #pragma unroll
-      for (int j = 0; j < kVec; ++j) {
-        const u32 q = distance(best, x[j], inverse_temperature);
-        if (id + j < VOCAB && q >> kDigitShift <= last_bin && q <= cut) f(q, id + j);
+      for (int d = 0; d < kDepth; ++d) {
+        const int v = base + d * Threads;
+        ids[d] = v < vectors ? chunks[v / kLanes] * kChunk + v % kLanes * kVec : VOCAB;
+        load_logits(row, ids[d], x[d]);
+      }
+#pragma unroll
+      for (int d = 0; d < kDepth; ++d) {
+#pragma unroll
+        for (int j = 0; j < kVec; ++j) {
+          const u32 q = distance(best, x[d][j], inverse_temperature);
+          if (ids[d] + j < VOCAB && q <= cut) f(q, ids[d] + j);
+        }
       }
     }
+  }
+
+  // A copy that lists the tokens that `keep` picks, if `space` holds them all; else *this.
+  // `counter` is shared memory.
+  template <typename F>
+  __device__ __forceinline__ Tokens collect(uint2* space, int capacity, int* counter, F keep) const {
+    __syncthreads();
+    if (threadIdx.x == 0) *counter = 0;
+    __syncthreads();
+    visit([&](u32 q, int id) {
+      if (!keep(q)) return;
+      const int at = atomicAdd(counter, 1);
+      if (at < capacity) space[at] = make_uint2(q, u32(id));
+    });
+    __syncthreads();
+    Tokens out = *this;
+    if (*counter <= capacity) {
+      out.list = space;
+      out.listed = *counter;
+    }
+    return out;
   }
 };
 
@@ -164,26 +193,38 @@ struct Cut {
   float weight;  // of all tokens within it
 };
 
+// Room for tokens in shared memory.
+constexpr int kListed = 4096;
+struct TokenList {
+  uint2 tokens[kListed];
+  int counter;
+};
+
 // The smallest cut whose tokens number `target` (or weigh it, by_weight); all tokens where they
-// fall short.
+// fall short. `list` is free where `tokens` are not listed in it.
 template <int Threads>
 __device__ __noinline__ Cut find_cut(Histogram<Threads>& histogram, const Tokens<Threads>& tokens,
-                        bool by_weight, float target) {
+                                     TokenList& list, bool by_weight, float target) {
   histogram.clear();
   tokens.visit([&](u32 q, int) { histogram.add(q); });
   Crossing at = histogram.find(by_weight, target, 0, 0.f, 0, kDigitShift);
   if (!at.found) return {0xffffffffu, at.weight_before + at.weight};
   u32 prefix = at.bin << kDigitShift;
   int shift = kDigitShift;
+  Tokens<Threads> among = tokens;
   while (shift > 0) {
     // One token in the bin, or a count that ends with it: the rest of the digits do not matter.
     const bool whole = at.count == 1 || (!by_weight && float(at.count_before + at.count) == target);
     if (whole) break;
     const int bits_above = shift;
+    if (among.list == nullptr && at.count <= kListed)
+      among = among.collect(list.tokens, kListed, &list.counter, [&](u32 q) {
+        return q >> bits_above == prefix >> bits_above;
+      });
     shift = shift == kDigitShift ? 10 : 0;
     const u32 mask = (1u << (bits_above - shift)) - 1;
     histogram.clear();
-    tokens.visit([&](u32 q, int) {
+    among.visit([&](u32 q, int) {
       if (q >> bits_above == prefix >> bits_above)
         atomicAdd(&histogram.counts[(q >> shift) & mask], 1u);
     });

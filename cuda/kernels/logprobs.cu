@@ -34,18 +34,26 @@ logprobs(float* out, int* ranks, int* top_ids, float* top_logprobs,
   u64 best = 0;
   float top = -kInfinity, sum = 0.f;
   int above = 0;
+#pragma unroll 2
   for (int id = threadIdx.x * kVec; id < VOCAB; id += kStep) {
     float x[kVec];
     load_logits(row, id, x);
+    float most = x[0];
 #pragma unroll
     for (int j = 0; j < kVec; ++j) {
       above += x[j] > value;
-      if (x[j] > top) {
-        sum *= expf(top - x[j]);
-        top = x[j];
-        best = pack(top, id + j);
-      }
-      if (top > -kInfinity) sum += expf(x[j] - top);
+      most = fmaxf(most, x[j]);
+    }
+    if (most > top) {
+      sum *= expf(top - most);
+      top = most;
+#pragma unroll
+      for (int j = kVec - 1; j >= 0; --j)
+        if (x[j] == top) best = pack(top, id + j);
+    }
+    if (top > -kInfinity) {
+#pragma unroll
+      for (int j = 0; j < kVec; ++j) sum += fast_exp2((x[j] - top) * 1.4426950408889634f);
     }
   }
   u64 leader = block_max<kThreads>(best, packed);

@@ -12,8 +12,7 @@
 #include "threshold.cuh"
 
 constexpr int kScanThreads = 256;
-constexpr int kChooseThreads = 512;
-constexpr int kListed = 4096;  // tokens that shared memory holds; more are read from the row
+constexpr int kChooseThreads = 1024;
 
 struct Partial {
   u64 best;    // packed (logit, id)
@@ -29,7 +28,9 @@ __device__ __forceinline__ Partial scan_slice(const SCALAR* row, int begin, int 
   constexpr int kLanes = kChunk / kVec;
   const float inverse = Greedy ? 0.f : 1.f / params.temperature;
   const float scale = inverse * 1.4426950408889634f;
-  const bool weigh = Filtered && params.limits_mass();
+  // Where top-k or min-p come first, top-p is of what they leave.
+  const bool weigh =
+      Filtered && params.limits_mass() && !params.limits_count() && !(params.min_p > 0.f);
   float best = -kInfinity, sample = -kInfinity, weight = 0.f;
   int best_id = begin, sample_id = begin;
   bool bad = false;
@@ -62,7 +63,7 @@ __device__ __forceinline__ Partial scan_slice(const SCALAR* row, int begin, int 
         if (threadIdx.x % kLanes == 0 && id < end) chunk_max[id / kChunk] = chunk;
       }
       if (top > best) {
-        if (weigh) weight *= exp2f((best - top) * scale);
+        if (weigh) weight *= fast_exp2((best - top) * scale);
         best = top;
 #pragma unroll
         for (int j = kVec - 1; j >= 0; --j)
@@ -70,16 +71,18 @@ __device__ __forceinline__ Partial scan_slice(const SCALAR* row, int begin, int 
       }
       if (weigh && best > -kInfinity) {
 #pragma unroll
-        for (int j = 0; j < kVec; ++j) weight += exp2f((x[d][j] - best) * scale);
+        for (int j = 0; j < kVec; ++j) weight += fast_exp2((x[d][j] - best) * scale);
       }
       // Noise is bounded, so that most vectors cannot win and need none.
       if (!Greedy && !Filtered && id < end && top * inverse + kMaxNoise > sample) {
+        const u32 least = least_bits(sample - top * inverse);
 #pragma unroll
         for (int j = 0; j < kVec; j += 4) {
           const uint4 bits = params.noise.bits((id + j) / 4);
           const u32 random[4] = {bits.x, bits.y, bits.z, bits.w};
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
+            if (random[i] < least) continue;
             const float score = x[d][j + i] / params.temperature + gumbel(random[i]);
             if (score > sample) {
               sample = score;
@@ -133,8 +136,9 @@ scan_logits(Partial* partials, float* chunk_max, const SCALAR* __restrict__ logi
 
 struct Shared {
   Histogram<kChooseThreads> histogram;
-  uint2 list[kListed];
-  int listed;
+  TokenList list;
+  u16 chunks[kChunks];
+  int num_chunks;
   u64 packed[kChooseThreads / 32];
   Partial row;
 };
@@ -142,46 +146,55 @@ struct Shared {
 // The token of a filtered row; all threads get it.
 __device__ __forceinline__ int choose_filtered(Shared& shared, const SCALAR* row,
                                                const float* chunk_max, const Params& params) {
+  constexpr int kShare = (kChunks + kChooseThreads - 1) / kChooseThreads;
   auto& histogram = shared.histogram;
   const float best = packed_value(shared.row.best), inverse = 1.f / params.temperature;
   const bool by_count = params.limits_count(), by_weight = params.limits_mass();
   const bool by_share = params.min_p > 0.f;
   const u32 cut = by_share ? distance(0.f, logf(fminf(params.min_p, 1.f)), 1.f) : 0xffffffffu;
 
+  u32 nearest[kShare];  // of each chunk
+#pragma unroll
+  for (int i = 0; i < kShare; ++i) {
+    const int c = threadIdx.x + i * kChooseThreads;
+    nearest[i] = c < kChunks ? distance(best, chunk_max[c], inverse) : 0xffffffffu;
+  }
   // A bound: k chunks reach it, so k tokens do; likewise for weight, where top-p is of the whole.
   u32 last_bin = cut >> kDigitShift;
   if (by_count || (by_weight && !by_share)) {
     histogram.clear();
-    for (int c = threadIdx.x; c < kChunks; c += kChooseThreads)
-      histogram.add(distance(best, chunk_max[c], inverse));
+#pragma unroll
+    for (int i = 0; i < kShare; ++i)
+      if (threadIdx.x + i * kChooseThreads < kChunks) histogram.add(nearest[i]);
     const float target = by_count ? float(params.top_k) : params.top_p * shared.row.weight * 1.0001f;
     const Crossing at = histogram.find(!by_count, target, 0, 0.f, 0, kDigitShift);
     if (at.found) last_bin = min(last_bin, at.bin);
   }
-
-  Tokens<kChooseThreads> tokens{row, chunk_max, best, inverse, last_bin, cut, nullptr, 0};
-  if (threadIdx.x == 0) shared.listed = 0;
+  if (threadIdx.x == 0) shared.num_chunks = 0;
   __syncthreads();
-  if (last_bin < kLastBin) {
-    tokens.visit([&](u32 q, int id) {
-      const int at = atomicAdd(&shared.listed, 1);
-      if (at < kListed) shared.list[at] = make_uint2(q, u32(id));
-    });
-    __syncthreads();
-    if (shared.listed <= kListed) {
-      tokens.list = shared.list;
-      tokens.count = shared.listed;
-    }
+#pragma unroll
+  for (int i = 0; i < kShare; ++i) {
+    const int c = threadIdx.x + i * kChooseThreads;
+    if (c < kChunks && nearest[i] >> kDigitShift <= last_bin)
+      shared.chunks[atomicAdd(&shared.num_chunks, 1)] = u16(c);
   }
+  __syncthreads();
+
+  const u32 bound = min(cut, last_bin << kDigitShift | ((1u << kDigitShift) - 1));
+  Tokens<kChooseThreads> tokens{row, best, inverse, bound, shared.chunks, shared.num_chunks};
+  if (last_bin < kLastBin)
+    tokens = tokens.collect(shared.list.tokens, kListed, &shared.list.counter,
+                            [](u32) { return true; });
 
   float weight = shared.row.weight;
   if (by_count || (by_weight && by_share)) {
-    const Cut found = find_cut(histogram, tokens, false, by_count ? params.top_k : kInfinity);
-    tokens.cut = min(cut, found.q);
+    const Cut found = find_cut(histogram, tokens, shared.list, false,
+                               by_count ? float(params.top_k) : kInfinity);
+    tokens.cut = min(tokens.cut, found.q);
     weight = found.weight;
   }
   if (by_weight) {
-    const Cut found = find_cut(histogram, tokens, true, params.top_p * weight);
+    const Cut found = find_cut(histogram, tokens, shared.list, true, params.top_p * weight);
     tokens.cut = min(tokens.cut, found.q);
   }
   u64 sample = 0;
