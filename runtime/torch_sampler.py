@@ -17,6 +17,8 @@ from zllm.runtime.ops import Sampled, SamplingStep
 from zllm.runtime.philox import gumbel, gumbel_all
 
 _CUTS = arena.S_TOP_K | arena.S_TOP_P | arena.S_MIN_P
+_AT_ONCE = 2**22
+"""Logits that are drawn from at once: it bounds the memory that the noise takes."""
 _CANDIDATES = 256
 """The most likely tokens that the cuts are first tried on: nearly always enough."""
 
@@ -38,7 +40,9 @@ def sample(logits: Tensor, params: Tensor, lengths: Tensor, step: SamplingStep) 
         # Rows that are not finite are of no use, and would never settle.
         random = torch.nonzero((temperature > 0) & finite)[:, 0]
         if len(random):
-            scaled = allowed[random] / temperature[random, None]
+            # Relative to the best, so that no temperature, however small, makes infinity.
+            relative = allowed[random] - allowed[random].amax(dim=-1, keepdim=True)
+            scaled = relative / temperature[random, None]
             tokens[random] = _draw(scaled, params[random], lengths[random], step.features)
     tokens = tokens.int()
     marked = torch.where(finite, tokens, -1)
@@ -61,25 +65,41 @@ def _ban_end_tokens(logits: Tensor, params: Tensor, lengths: Tensor) -> Tensor:
 
 
 def _draw(scaled: Tensor, params: Tensor, lengths: Tensor, features: int) -> Tensor:
-    """[n, V] logits over their temperature -> [n] tokens."""
-    seed = params[:, arena.P_SEED_LOW : arena.P_SEED_HIGH + 1]
-    vocab_size = scaled.shape[1]
-    if not features & _CUTS:
-        return (scaled + gumbel_all(seed, lengths, vocab_size)).argmax(dim=-1)
-    width = min(_CANDIDATES, vocab_size)
-    if features & arena.S_TOP_K:
-        width = min(max(width, int(params[:, arena.P_TOP_K].max()) + 1), vocab_size)
-    tokens, settled = _draw_among(scaled, params, seed, lengths, width)
-    if width < vocab_size and not bool(settled.all()):
-        wide = torch.nonzero(~settled)[:, 0]
-        tokens[wide], _ = _draw_among(
-            scaled[wide], params[wide], seed[wide], lengths[wide], vocab_size
-        )
+    """[n, V] logits over their temperature -> [n] tokens, a few rows at a time."""
+    tokens = torch.empty(len(scaled), dtype=torch.int64, device=scaled.device)
+    cuts = torch.zeros_like(tokens, dtype=torch.bool)
+    if features & _CUTS:
+        cuts = params[:, arena.P_TOP_K] > 0
+        cuts |= _floats(params, arena.P_TOP_P) < 1.0
+        cuts |= _floats(params, arena.P_MIN_P) > 0.0
+    at_once = max(1, _AT_ONCE // scaled.shape[1])
+    for which, draw in ((~cuts, _draw_from_all), (cuts, _draw_from_most_likely)):
+        for rows in torch.nonzero(which)[:, 0].split(at_once):
+            if len(rows):
+                tokens[rows] = draw(scaled[rows], params[rows], lengths[rows])
     return tokens
 
 
+def _draw_from_all(scaled: Tensor, params: Tensor, lengths: Tensor) -> Tensor:
+    return (scaled + gumbel_all(_seed(params), lengths, scaled.shape[1])).argmax(dim=-1)
+
+
+def _draw_from_most_likely(scaled: Tensor, params: Tensor, lengths: Tensor) -> Tensor:
+    vocab_size = scaled.shape[1]
+    width = max(_CANDIDATES, int(params[:, arena.P_TOP_K].max()) + 1)
+    tokens, settled = _draw_among(scaled, params, lengths, min(width, vocab_size))
+    if width < vocab_size and not bool(settled.all()):
+        wide = torch.nonzero(~settled)[:, 0]
+        tokens[wide], _ = _draw_among(scaled[wide], params[wide], lengths[wide], vocab_size)
+    return tokens
+
+
+def _seed(params: Tensor) -> Tensor:
+    return params[:, arena.P_SEED_LOW : arena.P_SEED_HIGH + 1]
+
+
 def _draw_among(
-    scaled: Tensor, params: Tensor, seed: Tensor, lengths: Tensor, width: int
+    scaled: Tensor, params: Tensor, lengths: Tensor, width: int
 ) -> tuple[Tensor, Tensor]:
     """Cut and draw among the `width` most likely tokens.
 
@@ -111,7 +131,7 @@ def _draw_among(
     # A row that cut by min-p or top-k but not inside had a total that counts too much.
     cuts_before = (top_k > 0) | (min_p[:, 0] > 0.0)
     settled = ~kept[:, -1] & (inside | ~cuts_before)
-    noise = gumbel(seed, lengths, ids)
+    noise = gumbel(_seed(params), lengths, ids)
     best = (values + noise).masked_fill(~kept, -torch.inf).argmax(dim=-1, keepdim=True)
     return ids.gather(1, best)[:, 0], settled
 

@@ -107,6 +107,14 @@ def test_temperature_0_takes_the_most_likely_token_beside_random_rows():
     assert tokens[[0, 2]].tolist() == logits.argmax(-1)[[0, 2]].tolist()
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1e-30, 1e-40])
+@pytest.mark.parametrize("cut", [{}, {"top_p": 0.9}, {"min_p": 0.1}])
+def test_a_tiny_temperature_is_as_good_as_0(temperature, cut):
+    logits = torch.randn(4, 500, generator=torch.Generator().manual_seed(2)) * 20
+    tokens = draw(logits, [Params(temperature=temperature, seed=1, **cut)] * 4, [1, 2, 3, 4]).tokens
+    assert tokens.tolist() == logits.argmax(-1).tolist()
+
+
 params = st.builds(
     Params,
     temperature=st.sampled_from([0.0, 0.3, 1.0, 2.0]),
