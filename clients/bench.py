@@ -6,9 +6,7 @@ Open loop (`--rate`): requests arrive as a Poisson process, whatever the server 
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import json
 import random
 import time
 from dataclasses import dataclass
@@ -38,63 +36,58 @@ class Sample:
         return (self.total - self.ttft) / max(self.tokens - 1, 1)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--target", default="127.0.0.1:50051")
-    parser.add_argument("--model", default="", help="default: the server's first")
-    parser.add_argument("--num-requests", type=int, default=200)
-    parser.add_argument(
-        "--concurrency", type=int, default=16, help="requests open at once, at most"
-    )
-    parser.add_argument(
-        "--rate", type=float, help="requests a second, Poisson; default: closed loop"
-    )
-    parser.add_argument("--input-len", type=int, default=128, help="random prompt tokens")
-    parser.add_argument("--shared-len", type=int, default=0, help="of them, common to all requests")
-    parser.add_argument("--output-len", type=int, default=64, help="tokens of every answer")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What to ask, and how fast."""
+
+    target: str
+    model: str = ""
+    """Empty: the server's first."""
+    num_requests: int = 200
+    concurrency: int = 16
+    """Requests open at once, at most."""
+    rate: float | None = None
+    """Requests a second. None: closed loop."""
+    input_len: int = 128
+    shared_len: int = 0
+    """Of the prompt's tokens, those that all requests have in common."""
+    output_len: int = 64
+    seed: int = 0
 
 
-def main(arguments: argparse.Namespace) -> int:
-    report = asyncio.run(_run(arguments))
-    if arguments.json:
-        print(json.dumps(report))
-    else:
-        for name, value in report.items():
-            print(f"{name:24} {value:,.3f}" if isinstance(value, float) else f"{name:24} {value}")
-    return 1 if report["failed"] else 0
+def run(workload: Workload) -> dict[str, float | int | str]:
+    """Counts, rates, and percentiles in milliseconds. Raises ZllmError where nothing answers."""
+    return asyncio.run(_run(workload))
 
 
-async def _run(arguments: argparse.Namespace) -> dict[str, float | int | str]:
-    async with AsyncClient(arguments.target, attempts=1) as client:
+async def _run(workload: Workload) -> dict[str, float | int | str]:
+    async with AsyncClient(workload.target, attempts=1) as client:
         models = await client.models(timeout=30)
-        chosen = [m for m in models if arguments.model in ("", m.name)]
+        chosen = [m for m in models if workload.model in ("", m.name)]
         if not chosen:
-            raise ZllmError(f"{arguments.model!r} is not served at {arguments.target}")
+            raise ZllmError(f"{workload.model!r} is not served at {workload.target}")
         started = time.monotonic()
-        samples = await _load(client, chosen[0], arguments)
+        samples = await _load(client, chosen[0], workload)
         return summarize(samples, time.monotonic() - started)
 
 
-async def _load(
-    client: AsyncClient, model: ModelInfo, arguments: argparse.Namespace
-) -> list[Sample]:
-    rng = random.Random(arguments.seed)
-    shared = [rng.randrange(model.vocab_size) for _ in range(arguments.shared_len)]
-    gate = asyncio.Semaphore(arguments.concurrency)
+async def _load(client: AsyncClient, model: ModelInfo, workload: Workload) -> list[Sample]:
+    rng = random.Random(workload.seed)
+    shared = [rng.randrange(model.vocab_size) for _ in range(workload.shared_len)]
+    gate = asyncio.Semaphore(workload.concurrency)
 
     async def one(prompt: list[int]) -> Sample:
         try:
-            return await _measure(client, model.name, prompt, arguments.output_len)
+            return await _measure(client, model.name, prompt, workload.output_len)
         finally:
             gate.release()
 
     tasks = []
-    for _ in range(arguments.num_requests):
-        if arguments.rate:
-            await asyncio.sleep(rng.expovariate(arguments.rate))
+    for _ in range(workload.num_requests):
+        if workload.rate:
+            await asyncio.sleep(rng.expovariate(workload.rate))
         await gate.acquire()
-        own = arguments.input_len - len(shared)
+        own = workload.input_len - len(shared)
         prompt = shared + [rng.randrange(model.vocab_size) for _ in range(max(own, 1))]
         tasks.append(asyncio.create_task(one(prompt)))
     return await asyncio.gather(*tasks)
