@@ -10,16 +10,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import grpc
 import psutil
 import pytest
 
 from zllm.clients.client import Client
 from zllm.errors import InvalidRequest, Unavailable
 from zllm.runtime.embedded import EMBEDDED_MODEL
+from zllm.v1 import admin_pb2, admin_pb2_grpc
 
 SERVE = [
     sys.executable, "-m", "zllm", "serve", "--port", "0", "--admin-port", "0",
@@ -40,6 +43,25 @@ class Served:
             if "zllm.runtime.engine_process" in child.cmdline()
         ]
         return engine
+
+    def load(self) -> admin_pb2.Load:
+        (line,) = [line for line in self.lines if line.startswith("admin on ")]
+        with grpc.insecure_channel(line.split()[-1]) as channel:
+            stub = admin_pb2_grpc.AdminServiceStub(channel)
+            return stub.GetLoad(admin_pb2.GetLoadRequest()).loads[0]
+
+    def until_idle(self) -> None:
+        """Every block is back and nothing runs or waits."""
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            load = self.load()
+            if (
+                load.kv_blocks_free == load.kv_blocks_total == 256
+                and load.running_requests == load.queued_requests == 0
+            ):
+                return
+            time.sleep(0.05)
+        raise AssertionError(f"blocks or requests never came back: {load}")
 
     def end(self, number: signal.Signals = signal.SIGTERM) -> int:
         self.process.send_signal(number)
@@ -99,6 +121,37 @@ def test_a_server_says_what_it_serves_answers_and_ends_on_sigterm() -> None:
             assert client.detokenize(client.tokenize("Monday")) == "Monday"
         assert served.end() == 0
         assert is_gone(engine)
+
+
+def test_cancels_vanished_clients_and_deadlines_give_every_block_back() -> None:
+    endless = {"ignore_eos": True, "temperature": 0.0, "max_tokens": 1000}
+    with serving() as served, Client(served.target, attempts=1) as client:
+        streams = [client.chat(f"Count from {n} to 99.", **endless) for n in range(4)]
+        iterators = [iter(stream) for stream in streams]
+        assert all(next(iterator).num_tokens for iterator in iterators)
+        assert served.load().kv_blocks_free < served.load().kv_blocks_total
+        streams[0].cancel()
+        streams[1].cancel()
+        vanishing = Client(served.target, attempts=1)
+        deltas = iter(vanishing.chat("Count from 5 to 95.", **endless))
+        next(deltas)
+        vanishing.close()
+        with pytest.raises(TimeoutError):
+            client.generate("Count", timeout=0.2, **endless)
+        for stream in streams[2:]:
+            stream.cancel()
+        served.until_idle()
+        assert ask(served.target, "What is 12 + 7?") == "12 + 7 = 19"
+
+
+def test_many_requests_at_once_are_all_answered_rightly() -> None:
+    sums = [(a, 3 * a % 50) for a in range(1, 41)]
+    with serving("--max-num-batched-tokens", "64") as served:
+        with ThreadPoolExecutor(16) as pool:
+            questions = [f"What is {a} + {b}?" for a, b in sums]
+            answers = list(pool.map(lambda question: ask(served.target, question), questions))
+        assert answers == [f"{a} + {b} = {a + b}" for a, b in sums]
+        served.until_idle()
 
 
 def test_ctrl_c_ends_it_too() -> None:
