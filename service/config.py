@@ -23,8 +23,9 @@ class ServerConfig:
     """Seconds that a request without its own may wait for its first step; 0: for ever."""
     shutdown_grace: float = 30.0
     """Seconds that running requests get to finish after SIGTERM."""
-    engine_timeout: float = 30.0
-    """Seconds of the engine's silence after which its requests fail."""
+    engine_timeout: float = 60.0
+    """Seconds of the engine's silence after which its requests fail: longer than any one step,
+    and on a CPU a step of 2,048 prompt tokens may take half a minute."""
 
     def __post_init__(self) -> None:
         for name in ("port", "admin_port"):

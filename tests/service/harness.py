@@ -8,7 +8,6 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import grpc
 
@@ -98,6 +97,3 @@ async def running(
             await asyncio.to_thread(thread.join)
             await client.close()
 
-
-def folder_of(name: str) -> Path:
-    return Path(__file__).parent / name
