@@ -91,8 +91,8 @@ class Sampler:
         self._partials = torch.empty(most * _PARTIAL_BYTES, dtype=torch.uint8, device=where)
         chunks = -(-vocab // _CHUNK)
         self._chunk_max = torch.empty(max_rows * chunks, dtype=torch.float32, device=where)
-        # struct Shared of sampler.cu: histogram, token list, chunk list and the small rest.
-        self._shared_bytes = 2048 * 8 + 4096 * 8 + -(-chunks // 8) * 16 + 1024
+        # struct Shared of sampler.cu: histogram, token list, weights, chunks and the small rest.
+        self._shared_bytes = 2048 * 8 + 4096 * 8 + 256 * 8 + -(-chunks // 8) * 16 + 1024
 
     def sample(
         self,

@@ -37,6 +37,17 @@ template <int Threads> struct Tokens {
         if (list[i].x <= cut) f(list[i].x, int(list[i].y));
       return;
     }
+    visit_vectors([&](int id, const float* x) {
+#pragma unroll
+      for (int j = 0; j < kVec; ++j) {
+        const u32 q = distance(best, x[j], inverse_temperature);
+        if (id + j < VOCAB && q <= cut) f(q, id + j);
+      }
+    });
+  }
+
+  // The vectors of the row's chunks: f(first id, logits).
+  template <typename F> __device__ __forceinline__ void visit_vectors(F f) const {
     constexpr int kDepth = 2, kLanes = kChunk / kVec;  // loads in flight; lanes a chunk
     const int vectors = num_chunks * kLanes;
     for (int base = threadIdx.x; base < vectors; base += Threads * kDepth) {
@@ -49,13 +60,7 @@ template <int Threads> struct Tokens {
         load_logits(row, ids[d], x[d]);
       }
 #pragma unroll
-      for (int d = 0; d < kDepth; ++d) {
-#pragma unroll
-        for (int j = 0; j < kVec; ++j) {
-          const u32 q = distance(best, x[d][j], inverse_temperature);
-          if (ids[d] + j < VOCAB && q <= cut) f(q, ids[d] + j);
-        }
-      }
+      for (int d = 0; d < kDepth; ++d) f(ids[d], x[d]);
     }
   }
 
@@ -156,6 +161,7 @@ template <int Threads> struct Histogram {
     __syncthreads();
     int c = count_before + count_end - count;
     float w = weight_before + weight_end - sum;
+#pragma unroll 8
     for (int i = 0; i < warp; ++i) {
       c += warp_counts[i];
       w += warp_weights[i];

@@ -21,6 +21,30 @@ struct Partial {
   int bad;       // a NaN or +inf
 };
 
+// Adds a vector's noisy scores to (sample, sample_id): of kVec logits from `id` on, those that
+// `allowed(logit)` picks and whose noise can still win.
+template <typename F>
+__device__ __forceinline__ void draw(const Params& params, int id, const float* x, float top,
+                                     float inverse, float& sample, int& sample_id, F allowed) {
+  // Noise is bounded, so that most vectors cannot win and need none.
+  if (!(top * inverse + kMaxNoise > sample)) return;
+  const u32 least = least_bits(sample - top * inverse);
+#pragma unroll
+  for (int j = 0; j < kVec; j += 4) {
+    const uint4 bits = params.noise.bits((id + j) / 4);
+    const u32 random[4] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (random[i] < least || !allowed(x[j + i])) continue;
+      const float score = x[j + i] / params.temperature + gumbel(random[i]);
+      if (score > sample) {
+        sample = score;
+        sample_id = id + j + i;
+      }
+    }
+  }
+}
+
 template <bool Greedy, bool Filtered>
 __device__ __forceinline__ Partial scan_slice(const SCALAR* row, int begin, int end,
                                               const Params& params, float* chunk_max) {
@@ -73,24 +97,8 @@ __device__ __forceinline__ Partial scan_slice(const SCALAR* row, int begin, int 
 #pragma unroll
         for (int j = 0; j < kVec; ++j) weight += fast_exp2((x[d][j] - best) * scale);
       }
-      // Noise is bounded, so that most vectors cannot win and need none.
-      if (!Greedy && !Filtered && id < end && top * inverse + kMaxNoise > sample) {
-        const u32 least = least_bits(sample - top * inverse);
-#pragma unroll
-        for (int j = 0; j < kVec; j += 4) {
-          const uint4 bits = params.noise.bits((id + j) / 4);
-          const u32 random[4] = {bits.x, bits.y, bits.z, bits.w};
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            if (random[i] < least) continue;
-            const float score = x[d][j + i] / params.temperature + gumbel(random[i]);
-            if (score > sample) {
-              sample = score;
-              sample_id = id + j + i;
-            }
-          }
-        }
-      }
+      if (!Greedy && !Filtered && id < end)
+        draw(params, id, x[d], top, inverse, sample, sample_id, [](float) { return true; });
     }
     // What one lane has reached is the bar for all of them.
     if (!Greedy && !Filtered) {
@@ -134,14 +142,43 @@ scan_logits(Partial* partials, float* chunk_max, const SCALAR* __restrict__ logi
   if (threadIdx.x == 0) partials[i64(s) * splits + blockIdx.x] = all;
 }
 
+constexpr int kFew = 256;  // listed tokens that are rather compared each with each
+
 struct Shared {
   Histogram<kChooseThreads> histogram;
   TokenList list;
+  u64 weights[kFew];
   u16 chunks[kChunks];
   int num_chunks;
   u64 packed[kChooseThreads / 32];
   Partial row;
 };
+
+// Whether this thread's token, number threadIdx.x of the few that are listed, is allowed. Weights
+// are integers, so that the order of the list does not matter.
+__device__ __forceinline__ bool among_few(Shared& shared, const Params& params, int listed) {
+  const uint2* list = shared.list.tokens;
+  const bool mine = threadIdx.x < listed;
+  const u32 q = mine ? list[threadIdx.x].x : 0;
+  const int most = params.limits_count() ? params.top_k : VOCAB;
+  int nearer = 0;
+  if (mine)
+    for (int i = 0; i < listed; ++i) nearer += list[i].x < q;
+  const bool kept = mine && nearer < most;
+  if (!params.limits_mass()) return kept;
+  if (mine) shared.weights[threadIdx.x] = kept ? u64(expf(-float(q) * 0x1p-27f) * 0x1p40f) : 0;
+  __syncthreads();
+  u64 total = 0, before = 0;
+  if (kept) {
+    for (int i = 0; i < listed; ++i) {
+      total += shared.weights[i];
+      before += list[i].x < q ? shared.weights[i] : 0;
+    }
+  }
+  const bool of_the_whole = !params.limits_count() && !(params.min_p > 0.f);
+  const float share = params.top_p * (of_the_whole ? shared.row.weight * 0x1p40f : float(total));
+  return kept && float(before) < share;
+}
 
 // The token of a filtered row; all threads get it.
 __device__ __forceinline__ int choose_filtered(Shared& shared, const SCALAR* row,
@@ -186,25 +223,41 @@ __device__ __forceinline__ int choose_filtered(Shared& shared, const SCALAR* row
     tokens = tokens.collect(shared.list.tokens, kListed, &shared.list.counter,
                             [](u32) { return true; });
 
-  float weight = shared.row.weight;
-  if (by_count || (by_weight && by_share)) {
-    const Cut found = find_cut(histogram, tokens, shared.list, false,
-                               by_count ? float(params.top_k) : kInfinity);
-    tokens.cut = min(tokens.cut, found.q);
-    weight = found.weight;
+  float sample = -kInfinity;
+  int sample_id = 0;
+  const bool few = tokens.list != nullptr && tokens.listed <= kFew;
+  if (!few) {
+    float weight = shared.row.weight;
+    if (by_count || (by_weight && by_share)) {
+      const Cut found = find_cut(histogram, tokens, shared.list, false,
+                                 by_count ? float(params.top_k) : kInfinity);
+      tokens.cut = min(tokens.cut, found.q);
+      weight = found.weight;
+    }
+    if (by_weight) {
+      const Cut found = find_cut(histogram, tokens, shared.list, true, params.top_p * weight);
+      tokens.cut = min(tokens.cut, found.q);
+    }
   }
-  if (by_weight) {
-    const Cut found = find_cut(histogram, tokens, shared.list, true, params.top_p * weight);
-    tokens.cut = min(tokens.cut, found.q);
+  if (tokens.list == nullptr) {
+    tokens.visit_vectors([&](int id, const float* x) {
+      float top = x[0];
+#pragma unroll
+      for (int j = 1; j < kVec; ++j) top = fmaxf(top, x[j]);
+      draw(params, id, x, top, inverse, sample, sample_id,
+           [&](float logit) { return distance(best, logit, inverse) <= tokens.cut; });
+    });
+  } else {
+    const bool allowed = !few || among_few(shared, params, tokens.listed);
+    tokens.visit([&](u32, int id) {
+      const float score = to_float(row[id]) / params.temperature + params.noise(id);
+      if (allowed && score > sample) {
+        sample = score;
+        sample_id = id;
+      }
+    });
   }
-  u64 sample = 0;
-  tokens.visit([&](u32, int id) {
-    const float scaled = to_float(row[id]) / params.temperature;
-    if (sample != 0 && scaled + kMaxNoise < packed_value(sample)) return;
-    const u64 mine = pack(scaled + params.noise(id), id);
-    sample = mine > sample ? mine : sample;
-  });
-  return packed_id(block_max<kChooseThreads>(sample, shared.packed));
+  return packed_id(block_max<kChooseThreads>(pack(sample, sample_id), shared.packed));
 }
 
 // Grid: S. tokens [S]; last_token [rows + 1]; counts [rows + 1, VOCAB] or null: its low 15 bits
