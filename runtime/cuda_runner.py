@@ -9,6 +9,7 @@ host through pinned memory.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +36,7 @@ from zllm.runtime.ops import Sampled
 from zllm.runtime.row_tables import allocate_row_tables
 
 _GIB = 1024**3
+_PROBE_BYTES = 64 * 1024**2
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,7 @@ class CudaRunner:
         torch.cuda.synchronize(self.device)
         loaded = time.perf_counter()
 
-        self._model = model(model_config, weights, shape.max_model_len, self.device)
+        self.model = model(model_config, weights, shape.max_model_len, self.device)
         spec = shape.attention
         self._tables = allocate_row_tables(shape.max_rows, shape.max_model_len, self.device)
         attention = PagedAttention(
@@ -116,6 +118,7 @@ class CudaRunner:
         self._host_cache = allocate_kv_cache(
             model_config, self.num_host_blocks, spec.kv_dtype, torch.device("cpu"), pinned=True
         )
+        self.swap_cost = self._swap_cost(per_block) if self.num_host_blocks else 0.0
         self._buckets = choose_buckets(shape.max_rows, shape.max_tokens)
         self._graphs: StepGraphs | None = None if config.enforce_eager else StepGraphs(self.device)
         self._host_arenas: tuple[torch.Tensor, ...] = ()
@@ -181,7 +184,7 @@ class CudaRunner:
 
     def close(self) -> None:
         torch.cuda.synchronize(self.device)
-        del self._graphs, self._model, self._cache, self._host_cache, self._step, self._ops
+        del self._graphs, self.model, self._cache, self._host_cache, self._step, self._ops
         torch.cuda.empty_cache()
 
     def _run_body(self, num_tokens: int, *, decode_only: bool) -> None:
@@ -205,12 +208,12 @@ class CudaRunner:
         """From the arena to the hidden states of the sampled tokens. Launches only."""
         num_rows = num_tokens if decode_only else min(num_tokens, self._shape.max_rows)
         batch = self._step.prepare(num_tokens, num_rows, decode_only=decode_only)
-        hidden = self._model.forward(self._ops, batch, self._cache)
+        hidden = self.model.forward(self._ops, batch, self._cache)
         self._step.take_hidden(hidden, batch)
 
     def _head(self, size: int, *, edits: bool = False, max_logprobs: int = -1) -> Sampled:
         """From those hidden states to sampled tokens. Launches only."""
-        logits = self._model.logits(self._ops, self._step.hidden[:size])
+        logits = self.model.logits(self._ops, self._step.hidden[:size])
         return self._step.sample(logits, edits=edits, max_logprobs=max_logprobs)
 
     def _capture(self, graphs: StepGraphs) -> None:
@@ -233,6 +236,24 @@ class CudaRunner:
         peak = torch.cuda.max_memory_allocated(self.device) - before
         torch.cuda.empty_cache()
         return peak
+
+    def _swap_cost(self, per_block: int) -> float:
+        """Measured: tokens of a full step in the time of one block's way to the host and back."""
+        device = torch.empty(_PROBE_BYTES, dtype=torch.uint8, device=self.device)
+        host = torch.empty(_PROBE_BYTES, dtype=torch.uint8, pin_memory=True)
+        both_ways = self._timed(lambda: (host.copy_(device), device.copy_(host)))
+        step = self._timed(lambda: self._body(self._shape.max_tokens, decode_only=False))
+        return both_ways * per_block / _PROBE_BYTES * self._shape.max_tokens / step
+
+    def _timed(self, run: Callable[[], object]) -> float:
+        """Seconds of the second of two runs."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        run()
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3
 
     def _scrub(self, arena: npt.NDArray[np.int32], failed: npt.NDArray[np.intp]) -> None:
         """Make failed rows' cache finite: whoever gets their blocks next multiplies what is masked

@@ -49,6 +49,7 @@ class Engine:
             max_num_batched_tokens=self.runner.max_num_batched_tokens,
             max_model_len=self.runner.max_model_len,
             enable_prefix_caching=config.enable_prefix_caching,
+            swap_cost=self.runner.swap_cost,
             policy=config.scheduling_policy,
             max_queued_requests=config.max_queued_requests,
             max_queued_tokens=config.max_queued_tokens,

@@ -58,6 +58,8 @@ class ModelRunner(Protocol):
     num_kv_blocks: int
     """Block 0, which is never handed out, included."""
     num_host_blocks: int
+    swap_cost: float
+    """Tokens that are computed in the time in which one block goes to the host and back."""
     report: list[str]
     """Lines for the operator."""
     arenas: tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]

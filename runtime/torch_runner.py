@@ -53,6 +53,7 @@ class TorchRunner:
         per_block = block_bytes(model_config, kv_dtype)
         self.num_kv_blocks, self.max_model_len = _pool(config, model_config, per_block)
         self.num_host_blocks = int(config.swap_space_gib * _GIB) // per_block
+        self.swap_cost = 0.0  # a copy within the host's memory costs nothing beside a token
         self.max_num_batched_tokens = config.max_num_batched_tokens or _MAX_NUM_BATCHED_TOKENS
         self.cache = self._allocate(model_config, self.num_kv_blocks, kv_dtype)
         self.host_cache = self._allocate(model_config, self.num_host_blocks, kv_dtype)

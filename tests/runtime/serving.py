@@ -15,8 +15,7 @@ from torch import Tensor
 from zllm.native import arena as layout
 from zllm.native.scheduler import Plan, Scheduler
 from zllm.runtime.config import EngineConfig
-from zllm.runtime.model_runner import StepResult
-from zllm.runtime.torch_runner import TorchRunner
+from zllm.runtime.model_runner import StepResult, make_runner
 
 
 @dataclass(frozen=True)
@@ -37,18 +36,19 @@ class Answer:
 
 
 class Server:
-    """A TorchRunner with a scheduler before it."""
+    """A runner with a scheduler before it. On the GPU it sees logits only under enforce_eager."""
 
     def __init__(self, folder: Path, **settings: Any) -> None:
-        settings = {"num_kv_blocks": 200, "max_num_seqs": 17, **settings}
-        self.config = EngineConfig(model=folder, device="cpu", **settings)
-        self.runner = TorchRunner(self.config)
+        settings = {"num_kv_blocks": 200, "max_num_seqs": 17, "device": "cpu", **settings}
+        self.config = EngineConfig(model=folder, **settings)
+        self.runner: Any = make_runner(self.config)
         self.scheduler = Scheduler(
             num_blocks=self.runner.num_kv_blocks,
             max_num_seqs=self.config.max_num_seqs,
             max_num_batched_tokens=self.runner.max_num_batched_tokens,
             max_model_len=self.runner.max_model_len,
             num_host_blocks=self.runner.num_host_blocks,
+            swap_cost=self.runner.swap_cost,
             enable_prefix_caching=self.config.enable_prefix_caching,
         )
         self.runner.allocate_arenas(self.scheduler.arena_words)
@@ -58,10 +58,11 @@ class Server:
 
         def spy(ops: Any, hidden: Tensor) -> Tensor:
             out = logits(ops, hidden)
-            self._seen.append(out.clone())
+            if self.config.device == "cpu" or self.config.enforce_eager:
+                self._seen.append(out.to("cpu", copy=True))
             return out
 
-        self.runner.model.logits = spy  # type: ignore[method-assign]
+        self.runner.model.logits = spy
 
     def serve(self, requests: list[Request]) -> list[Answer]:
         """Run all requests to their end; each step is planned before the last is committed."""
@@ -114,7 +115,8 @@ class Server:
             token, row = int(events.tokens[index]), int(events.rows[index])
             if token >= 0:
                 answer.tokens.append(token)
-                answer.logits.append(logits[row])
+                if row in logits:
+                    answer.logits.append(logits[row])
                 if result.logprobs is not None:
                     found = result.token_logprobs(row, 5)
                     answer.logprobs.append(

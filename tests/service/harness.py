@@ -96,4 +96,3 @@ async def running(
             client.shut_down()
             await asyncio.to_thread(thread.join)
             await client.close()
-
