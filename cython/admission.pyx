@@ -17,25 +17,29 @@ cdef void admit_waiting(Books* books, Step* step, int32_t budget, double now) no
     """Admit until rows, blocks, the queue or the budget of tokens are used up."""
     cdef Sequence* seq
     cdef int32_t before
+    cdef int32_t promised
+    if books.first == NULL or books.num_free_rows == 0:
+        return
     if books.stalled == books.pool.num_returned:
         return
+    promised = blocks_promised(books)
     while books.num_free_rows and budget > 0:
         seq = next_waiting(books)
         before = step.num_tokens
-        if seq == NULL or not admit(books, step, seq, budget, now):
+        if seq == NULL or not admit(books, step, seq, budget, &promised, now):
             return
         budget -= step.num_tokens - before
 
 
 cdef int32_t blocks_promised(const Books* books) noexcept nogil:
-    """Blocks that running sequences still need: their known tokens', and a margin for decodes."""
+    """Blocks that running sequences still need for their known tokens."""
     cdef int32_t count = 0
     cdef int32_t i
     cdef const Sequence* seq
     for i in range(books.num_running):
         seq = books.running[i]
         count += max(0, blocks_for(seq.num_tokens) - seq.num_blocks)
-    return count + (books.num_running + 3) // 4
+    return count
 
 
 cdef inline Sequence* source_of(const Sequence* seq) noexcept nogil:
@@ -81,9 +85,12 @@ cdef Match find_shared(Books* books, Sequence* seq, const Sequence* source) noex
     return match
 
 
-cdef bint admit(Books* books, Step* step, Sequence* seq, int32_t budget,
+cdef bint admit(Books* books, Step* step, Sequence* seq, int32_t budget, int32_t* promised,
                 double now) noexcept nogil:
-    """Give a waiting sequence a row, what is shared of its tokens, and its first chunk."""
+    """Give a waiting sequence a row, what is shared of its tokens, and its first chunk.
+
+    The blocks `promised` to running sequences are left to them, and a margin for their decodes.
+    """
     cdef Sequence* source = source_of(seq)
     cdef Match match
     cdef int32_t i, wanted
@@ -98,7 +105,8 @@ cdef bint admit(Books* books, Step* step, Sequence* seq, int32_t budget,
     match = find_shared(books, seq, source)
     for i in range(match.num_blocks):
         pool_reference(&books.pool, seq.blocks[i])
-    wanted = blocks_for(seq.num_tokens) - match.num_blocks + blocks_promised(books)
+    wanted = blocks_for(seq.num_tokens) - match.num_blocks
+    wanted += promised[0] + (books.num_running + 3) // 4
     if match.partial:
         pool_reference(&books.pool, match.partial)
         if wanted > pool_available(&books.pool):
@@ -123,6 +131,7 @@ cdef bint admit(Books* books, Step* step, Sequence* seq, int32_t budget,
         swap_in(books, seq)
     note_admission(books, seq, now)
     schedule_chunk(books, step, seq, budget)
+    promised[0] += blocks_for(seq.num_tokens) - seq.num_blocks
     return True
 
 

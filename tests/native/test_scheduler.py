@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -336,3 +338,35 @@ def test_a_wrong_arena_or_a_wrong_order_of_commits_is_refused() -> None:
     with pytest.raises(ValueError, match="tokens must be int32"):
         scheduler.commit(driver.in_flight[0][0], np.zeros(0, np.int32), 0.0)
     driver.run()
+
+
+OUT_OF_MEMORY = """
+import resource, numpy as np
+from zllm.native.scheduler import Scheduler
+scheduler = Scheduler(
+    num_blocks=64, max_num_seqs=4, max_num_batched_tokens=64, max_model_len=2**29
+)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, used + 2**30))
+prompt = np.ones(20, np.int32)
+for count in (1, 3):
+    try:
+        scheduler.add(1, prompt, now=0.0, max_tokens=2**29, num_sequences=count)
+    except MemoryError as error:
+        print(error)
+    scheduler.check()
+    assert not scheduler.has_work()
+scheduler.add(1, prompt, now=0.0, max_tokens=9)
+scheduler.check()
+"""
+
+
+def test_a_request_too_large_for_memory_is_refused_and_leaves_no_trace() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", OUT_OF_MEMORY],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert done.stdout.count("no memory for") == 2
