@@ -25,7 +25,7 @@ MAX_ROWS = 4096
 
 _SCALARS = {torch.bfloat16: "__nv_bfloat16", torch.float16: "__half", torch.float32: "float"}
 _DECODE_WARPS = 4
-_MAX_STAGES = 8
+_MAX_STAGES = 3
 _MIN_SHARE = 8
 """Blocks of KV that a thread block takes at least: fewer would only be merged again."""
 _SHARE_WORDS, _ROW_WORDS, _TILE_WORDS = 8, 4, 8
@@ -376,16 +376,21 @@ def programs(spec: AttentionSpec, arch: str, portable: bool = False) -> list[Pro
 
 
 def decode_config(spec: AttentionSpec, arch: str) -> _DecodeConfig:
-    """Three thread blocks a multiprocessor where each gets a deep ring, else two or one."""
+    """Thread blocks on a multiprocessor and stages of their warps' rings.
+
+    More than 128 KiB under way only makes the memory's queues longer, and small heads want more
+    warps (docs/decisions/050); what the shared memory does not hold goes down to one thread block.
+    """
     # CUDA C++ Programming Guide, "Technical Specifications per Compute Capability": KiB of shared
     # memory a multiprocessor, of which each thread block costs one more.
     sm_kib = {"80": 164, "90": 228}.get(arch[3:5], 100)
     merge_bytes = _DECODE_WARPS * spec.group * ((spec.head_dim + 4) * 4 + 8) + 16
     stage_bytes = _DECODE_WARPS * (2 * spec.run_bytes + 8)
-    for blocks_per_sm, enough in ((3, 4), (2, 2), (1, 1)):
+    for blocks_per_sm in (4, 2, 1) if spec.head_dim <= 64 else (2, 1):
         room = sm_kib * 1024 // blocks_per_sm - 1024 - merge_bytes
-        stages = min(room // stage_bytes, _MAX_STAGES)
-        if stages >= enough:
+        useful = 128 * 1024 // (blocks_per_sm * _DECODE_WARPS * 2 * spec.run_bytes)
+        stages = min(room // stage_bytes, _MAX_STAGES, useful if blocks_per_sm > 1 else _MAX_STAGES)
+        if stages >= (2 if blocks_per_sm > 1 else 1):
             return _DecodeConfig(blocks_per_sm, stages, stages * stage_bytes + merge_bytes)
     raise KernelError(
         f"num_heads is {spec.num_heads} with {spec.num_kv_heads} KV heads of {spec.head_dim}: "

@@ -1,0 +1,169 @@
+// What attention_prefill_wgmma.cu multiplies and how it gets there: the tiles of a thread block, the
+// buffers in shared memory, and the warps that fill them.
+//
+// Keys, values and queries each have a ring of buffers with two barriers: `full` when the copies
+// have landed, `empty` when every warp that multiplies has let go.
+#pragma once
+#include "async_copy.cuh"
+#include "attention.cuh"
+
+constexpr int kGroupRows = 64;  // of one warpgroup
+constexpr int kTileRows = 2 * kGroupRows;
+constexpr int kTileKeys = HEAD_DIM > 128 ? 64 : 128;
+constexpr int kTileBlocks = kTileKeys / kBlockTokens;
+constexpr int kColumns = HEAD_DIM / 64;  // of 128 bytes
+constexpr int kRunBytes = kv_layout::run_bytes<HEAD_DIM * 2>();
+constexpr int kRunColumnBytes = kBlockTokens * 128;
+constexpr int kColumnBytes = kTileKeys * 128;
+constexpr int kTileBytes = kColumns * kColumnBytes;
+constexpr int kStages = 2;
+constexpr int kQueryBuffers = HEAD_DIM > 128 ? 1 : 2;
+constexpr int kQueryColumnBytes = kGroupRows * 128;
+constexpr int kQueryGroupBytes = kColumns * kQueryColumnBytes;
+constexpr int kQueryBytes = 2 * kQueryGroupBytes;
+constexpr int kQueryThreads = 64;
+static_assert(!KV_FP8 && HEAD_DIM % 64 == 0);
+
+// Shared memory from a 1,024-byte boundary: queries, keys, values, barriers.
+struct Addresses {
+  u32 base;
+
+  __device__ u32 query(int buffer) const { return base + buffer * kQueryBytes; }
+  __device__ u32 keys(int stage) const {
+    return base + kQueryBuffers * kQueryBytes + stage * kTileBytes;
+  }
+  __device__ u32 values(int stage) const { return keys(kStages + stage); }
+  __device__ u32 barrier(int i) const { return keys(2 * kStages) + i * 8; }
+  __device__ u32 keys_full(int stage) const { return barrier(stage); }
+  __device__ u32 keys_empty(int stage) const { return barrier(kStages + stage); }
+  __device__ u32 values_full(int stage) const { return barrier(2 * kStages + stage); }
+  __device__ u32 values_empty(int stage) const { return barrier(3 * kStages + stage); }
+  __device__ u32 query_full(int buffer) const { return barrier(4 * kStages + buffer); }
+  __device__ u32 query_empty(int buffer) const {
+    return barrier(4 * kStages + kQueryBuffers + buffer);
+  }
+};
+
+// A place in a ring of buffers and the parity of its barriers.
+template <int Size> struct Place {
+  int index = 0;
+  u32 parity = 0;
+
+  __device__ void next() {
+    if (++index == Size) {
+      index = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// The items of a thread block: (tile, KV head) from the longest to the shortest, dealt out there
+// and back, so that every thread block gets as much. The tile after the current one is read ahead.
+class Items {
+ public:
+  PrefillTile tile;
+  int head;
+
+  __device__ Items(const PrefillTile* tiles, int limit, int num_kv_heads)
+      : tiles_(tiles), limit_(limit), num_kv_heads_(num_kv_heads) {
+    read_ahead();
+  }
+  __device__ bool next() {
+    tile = ahead_;
+    head = head_ahead_;
+    if (tile.queries == 0) return false;
+    read_ahead();
+    return true;
+  }
+  // The tile after the current one; no queries: there is none.
+  __device__ const PrefillTile& ahead() const { return ahead_; }
+  __device__ int sequence_keys() const { return tile.cached + tile.queries; }
+  __device__ int key_tiles() const {
+    const int last = (tile.tile * kTileRows + kTileRows + GROUP - 1) / GROUP;
+    return (tile.cached + min(tile.queries, last) + kTileKeys - 1) / kTileKeys;
+  }
+
+ private:
+  __device__ void read_ahead() {
+    const int place = round_ & 1 ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+    const int item = round_++ * gridDim.x + place;
+    head_ahead_ = item % num_kv_heads_;
+    if (item < limit_)
+      ahead_ = tiles_[item / num_kv_heads_];
+    else
+      ahead_.queries = 0;
+  }
+
+  const PrefillTile* tiles_;
+  int limit_, num_kv_heads_, round_ = 0;
+  PrefillTile ahead_;
+  int head_ahead_;
+};
+
+// Brings keys or values: one warp. `stages`, `full` and `empty` are those of the first stage.
+__device__ __forceinline__ void produce_blocks(Items items, u32 stages, u32 full, u32 empty,
+                                               const u8* cache, const int* block_table,
+                                               i64 block_bytes, int table_stride) {
+  const int lane = threadIdx.x % 32, local = lane / kColumns, column = lane % kColumns;
+  const auto block_of = [&](const PrefillTile& tile, int block) {
+    const bool there = local < kTileBlocks && block * kBlockTokens < tile.cached + tile.queries;
+    return there ? block_table[static_cast<i64>(tile.table_row) * table_stride + block] : 0;
+  };
+  stages += column * kColumnBytes + local * kRunColumnBytes;
+  cache += column * kRunColumnBytes;
+  Place<kStages> stage;
+  stage.parity = 1;
+  int id = 0;
+#pragma unroll 1
+  for (bool first = true; items.next(); first = false) {
+    const int blocks = (items.sequence_keys() + kBlockTokens - 1) / kBlockTokens;
+    const int key_tiles = items.key_tiles();
+    const u8* head = cache + items.head * kRunBytes;
+    if (first) id = block_of(items.tile, local);
+#pragma unroll 1
+    for (int j = 0; j < key_tiles; ++j) {
+      const int here = min(kTileBlocks, blocks - j * kTileBlocks);
+      const u8* from = head + id * block_bytes;
+      // The entries of the tile to come, be it another item's first, arrive behind this one.
+      if (j + 1 < key_tiles)
+        id = block_of(items.tile, (j + 1) * kTileBlocks + local);
+      else if (items.ahead().queries != 0)
+        id = block_of(items.ahead(), local);
+      const u32 barrier = full + stage.index * 8;
+      barrier_wait(empty + stage.index * 8, stage.parity);
+      if (lane == 0) barrier_expect(barrier, here * kRunBytes);
+      __syncwarp();
+      if (local < here) bulk_copy(stages + stage.index * kTileBytes, from, kRunColumnBytes, barrier);
+      stage.next();
+    }
+  }
+}
+
+// Brings queries in the swizzled order, zeros behind the last one: two warps.
+__device__ __forceinline__ void produce_queries(Items items, Addresses at, const SCALAR* q,
+                                                int q_stride) {
+  constexpr int kChunks = HEAD_DIM / 8;
+  Place<kQueryBuffers> buffer;
+  buffer.parity = 1;
+  while (items.next()) {
+    const SCALAR* q_head = q + static_cast<i64>(items.tile.query) * q_stride +
+                           items.head * (GROUP * HEAD_DIM);
+    barrier_wait(at.query_empty(buffer.index), buffer.parity);
+#pragma unroll 2
+    for (int i = threadIdx.x - 64; i < kTileRows * kChunks; i += kQueryThreads) {
+      const int row = i / kChunks, chunk = i % kChunks;
+      const int m = items.tile.tile * kTileRows + row, token = m / GROUP;
+      const bool valid = token < items.tile.queries;
+      const SCALAR* from =
+          q_head + (valid ? static_cast<i64>(token) * q_stride + m % GROUP * HEAD_DIM : 0);
+      const u32 to = row / kGroupRows * kQueryGroupBytes + chunk / 8 * kQueryColumnBytes +
+                     row % kGroupRows * 128 + ((chunk ^ row) & 7) * 16;
+      cp_async_16(at.query(buffer.index) + to, from + chunk * 8, valid);
+    }
+    cp_async_commit();
+    cp_async_wait<0>();
+    fence_async_proxy();
+    barrier_arrive(at.query_full(buffer.index));
+    buffer.next();
+  }
+}
