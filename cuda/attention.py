@@ -402,7 +402,7 @@ def _prefill_kernel(spec: AttentionSpec, arch: str, portable: bool) -> _Prefill:
     """wgmma on Hopper, where the cache's columns are all of 128 bytes and 16-bit; else mma.sync."""
     dim = spec.head_dim
     if arch == "sm_90a" and not portable and not spec.fp8 and dim in (64, 128, 256):
-        tile_keys, buffers = (64, 1) if dim > 128 else (128, 2)
+        tile_keys, buffers = (64, 1) if dim > 128 else (128, 3)
         stages = 2
         shared = (buffers * 128 + 2 * stages * tile_keys) * dim * 2 + (4 * stages + 2 * buffers) * 8
         return _Prefill("attention_prefill_wgmma.cu", 128, 384, 1, shared)

@@ -41,5 +41,6 @@ struct alignas(16) PrefillTile {
   int cached;     // tokens that were in the cache before the step
   int table_row;
   int tile;
-  int unused[3];
+  int count;      // of the list
+  int unused[2];
 };

@@ -17,7 +17,7 @@ constexpr int kRunColumnBytes = kBlockTokens * 128;
 constexpr int kColumnBytes = kTileKeys * 128;
 constexpr int kTileBytes = kColumns * kColumnBytes;
 constexpr int kStages = 2;
-constexpr int kQueryBuffers = HEAD_DIM > 128 ? 1 : 2;
+constexpr int kQueryBuffers = HEAD_DIM > 128 ? 1 : 3;
 constexpr int kQueryColumnBytes = kGroupRows * 128;
 constexpr int kQueryGroupBytes = kColumns * kQueryColumnBytes;
 constexpr int kQueryBytes = 2 * kQueryGroupBytes;
@@ -57,22 +57,34 @@ template <int Size> struct Place {
   }
 };
 
-// The items of a thread block: (tile, KV head) from the longest to the shortest, dealt out there
-// and back, so that every thread block gets as much. The tile after the current one is read ahead.
+// The items of a thread block: (tile, KV head). The list falls from the longest to the shortest and
+// is dealt out there and back, so that every thread block gets as much; a thread block takes from
+// both ends of its share in turn, since short items want memory, for queries and output, and long
+// ones arithmetic. The item after the current one is read ahead.
 class Items {
  public:
   PrefillTile tile;
   int head;
 
-  __device__ Items(const PrefillTile* tiles, int limit, int num_kv_heads)
-      : tiles_(tiles), limit_(limit), num_kv_heads_(num_kv_heads) {
-    read_ahead();
+  // The grid is no larger than the list can be.
+  __device__ Items(const PrefillTile* tiles, int num_kv_heads)
+      : tiles_(tiles), num_kv_heads_(num_kv_heads) {
+    ahead_ = tiles[blockIdx.x / num_kv_heads];
+    head_ahead_ = blockIdx.x % num_kv_heads;
+    items_ = ahead_.count * num_kv_heads;
+    rounds_ = (items_ + gridDim.x - 1) / gridDim.x;
   }
   __device__ bool next() {
     tile = ahead_;
     head = head_ahead_;
     if (tile.queries == 0) return false;
-    read_ahead();
+    int item = item_of(++turn_);
+    if (item >= items_) item = item_of(++turn_);  // the last round, taken second, is not full
+    if (turn_ < rounds_)
+      ahead_ = tiles_[item / num_kv_heads_];
+    else
+      ahead_.queries = 0;
+    head_ahead_ = item % num_kv_heads_;
     return true;
   }
   // The tile after the current one; no queries: there is none.
@@ -84,18 +96,13 @@ class Items {
   }
 
  private:
-  __device__ void read_ahead() {
-    const int place = round_ & 1 ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
-    const int item = round_++ * gridDim.x + place;
-    head_ahead_ = item % num_kv_heads_;
-    if (item < limit_)
-      ahead_ = tiles_[item / num_kv_heads_];
-    else
-      ahead_.queries = 0;
+  __device__ int item_of(int turn) const {
+    const int round = turn & 1 ? rounds_ - 1 - turn / 2 : turn / 2;
+    return round * gridDim.x + (round & 1 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
   }
 
   const PrefillTile* tiles_;
-  int limit_, num_kv_heads_, round_ = 0;
+  int num_kv_heads_, items_, rounds_, turn_ = 0;
   PrefillTile ahead_;
   int head_ahead_;
 };

@@ -139,7 +139,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
       const int keys = tile_keys(queries, cached, tile, tile_rows, group);
       const int bin = static_cast<int>(static_cast<i64>(max_keys - keys) * (kBins - 1) / max_keys);
       const int place = atomicAdd(bins + bin, 1);
-      if (pass == 1) tiles[place] = {begin, queries, cached, rows[r], tile, {}};
+      if (pass == 1) tiles[place] = {begin, queries, cached, rows[r], tile, count, {}};
     }
     __syncthreads();
     if (pass == 0) {

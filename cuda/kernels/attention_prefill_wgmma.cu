@@ -283,11 +283,12 @@ __device__ __forceinline__ void consume(Items items, Addresses at, SCALAR* out, 
   finished.store(o);
 }
 
-// Grid: any number of thread blocks. Shared memory: queries, stages, barriers.
+// Grid: any number of thread blocks up to max_tiles * num_kv_heads. Shared memory: Addresses.
+// The arguments without a name are attention_prefill_mma's.
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
     attention_prefill_wgmma(const SCALAR* q, SCALAR* out, const u8* keys, const u8* values,
                             const int* block_table, const PrefillTile* tiles, const float*,
-                            const float*, int max_tiles, int num_kv_heads, int block_bytes,
+                            const float*, int, int num_kv_heads, int block_bytes,
                             int table_stride, float scale) {
   extern __shared__ __align__(1024) u8 memory[];
   const Addresses at{shared_address(memory)};
@@ -307,7 +308,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
   wait_for_previous();
   const int q_stride = num_kv_heads * GROUP * HEAD_DIM;
-  const auto items = [&] { return Items(tiles, max_tiles * num_kv_heads, num_kv_heads); };
+  const auto items = [&] { return Items(tiles, num_kv_heads); };
   if (threadIdx.x < 128) {
     give_registers<kProducerRegisters>();
     if (threadIdx.x < 32)
