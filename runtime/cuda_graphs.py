@@ -7,6 +7,7 @@ the arena on the device. All graphs share one memory pool, since only one runs a
 
 from __future__ import annotations
 
+import gc
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -51,6 +52,17 @@ class StepGraphs:
 
     def capture(self, kind: str, sizes: tuple[int, ...], run: Callable[[int], object]) -> None:
         """Capture `run(size)` for each size, largest first, so that the pool grows once."""
+        # Garbage that dies inside a capture frees memory of the device, which invalidates it.
+        gc.collect()
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            self._capture(kind, sizes, run)
+        finally:
+            if collects:
+                gc.enable()
+
+    def _capture(self, kind: str, sizes: tuple[int, ...], run: Callable[[int], object]) -> None:
         stream = torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):

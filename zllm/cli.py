@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import sys
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import zllm
-from zllm.errors import ConfigError, RequestError, ZllmError
+from zllm.errors import RequestError, ZllmError
 
 DEFAULT_TARGET = "127.0.0.1:50051"
 
@@ -197,6 +196,8 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    if importlib.util.find_spec("zllm.cuda.doctor") is None:
-        raise ConfigError("this build of zllm has no GPU checks (zllm.cuda.doctor)")
-    return int(importlib.import_module("zllm.cuda.doctor").main())
+    from zllm.cuda.doctor import examine, render
+
+    findings = examine()
+    print(render(findings))
+    return 1 if any(finding.problem for finding in findings) else 0

@@ -15,7 +15,7 @@ from torch import Tensor
 from zllm.native import arena as layout
 from zllm.native.scheduler import Plan, Scheduler
 from zllm.runtime.config import EngineConfig
-from zllm.runtime.model_runner import StepResult, make_runner
+from zllm.runtime.model_runner import Ticket, make_runner
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Server:
         """Run all requests to their end; each step is planned before the last is committed."""
         answers: dict[int, Answer] = defaultdict(Answer)
         waiting = sorted(enumerate(requests), key=lambda item: item[1].arrival)
-        previous: tuple[Plan, StepResult, dict[int, Tensor]] | None = None
+        previous: tuple[Plan, Ticket, dict[int, Tensor]] | None = None
         step = 0
         while waiting or previous or self.scheduler.has_work():
             while waiting and waiting[0][1].arrival <= step:
@@ -105,10 +105,11 @@ class Server:
     def _commit(
         self,
         plan: Plan,
-        result: StepResult,
+        ticket: Ticket,
         logits: dict[int, Tensor],
         answers: dict[int, Answer],
     ) -> None:
+        result = self.runner.collect(ticket)
         events = self.scheduler.commit(plan, result.tokens, 0.0)
         for index, request_id in enumerate(events.request_ids.tolist()):
             answer = answers[request_id]
