@@ -30,7 +30,8 @@ def sample(logits: Tensor, params: Tensor, lengths: Tensor, step: SamplingStep) 
     lengths: [S] int32, tokens of each row so far, which is the position of the sampled token.
     """
     logits = logits.float()
-    finite = logits.sum(dim=-1).isfinite()
+    # NaN and infinity come through a maximum; a single -inf is a token that cannot be chosen.
+    finite = logits.amax(dim=-1).isfinite()
     allowed = logits
     if step.features & arena.S_MIN_TOKENS:
         allowed = _ban_end_tokens(logits, params, lengths)

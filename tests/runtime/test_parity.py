@@ -87,13 +87,7 @@ def test_every_size_of_batch(size: int, folder_of: Any) -> None:
 
 
 @pytest.mark.parametrize("caching", [True, False])
-@pytest.mark.parametrize(
-    "chunk",
-    [
-        pytest.param(n, marks=() if n in {1, 2, 7, 16, 17, 33, 64} else pytest.mark.slow)
-        for n in range(1, 65)
-    ],
-)
+@pytest.mark.parametrize("chunk", range(1, 65))
 def test_every_size_of_chunk(chunk: int, caching: bool, folder_of: Any) -> None:
     """With caching, later prompts reuse the blocks of the earlier ones that they repeat."""
     server = Server(folder_of("gqa2"), max_num_batched_tokens=chunk, enable_prefix_caching=caching)

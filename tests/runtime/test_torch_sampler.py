@@ -161,12 +161,13 @@ def test_no_end_token_comes_before_min_len(temperature):
     assert sampled.top_ids[:, 0].tolist() == [2, 2, 2], "logprobs are those before the ban"
 
 
-@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("poison", [(7, torch.nan), (7, torch.inf), (slice(None), -torch.inf)])
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "top_p": 0.9}])
 def test_a_row_that_is_not_finite_gives_minus_1_alone(poison, options):
     logits = torch.randn(3, 400, generator=torch.Generator().manual_seed(1))
     clean = draw(logits, [Params(**options)] * 3, [1, 2, 3], max_logprobs=2).tokens.tolist()
-    logits[1, 7] = poison
+    where, value = poison
+    logits[1, where] = value
     found = draw(logits, [Params(**options)] * 3, [1, 2, 3], max_logprobs=2).tokens.tolist()
     assert found == [clean[0], -1, clean[2]]
 
