@@ -50,13 +50,14 @@ cdef int32_t retire_step(Books* books, Step* step, const int32_t* tokens, EventL
             leave_if_retired(books, seq)
             continue
         finish = 0
+        token = tokens[r]
         if step.flags[r] & F_SAMPLE:
-            token = tokens[r]
             seq.pending -= 1
-            if token < 0:
-                report(events, seq.request.id, seq.index, -1, ERROR, -1)
-                finish_sequence(books, seq, ERROR)
-                continue
+        if token < 0:
+            report(events, seq.request.id, seq.index, -1, ERROR, -1)
+            finish_sequence(books, seq, ERROR)
+            continue
+        if step.flags[r] & F_SAMPLE:
             seq.tokens[seq.num_tokens] = token
             seq.num_tokens += 1
             books.counters.generated_tokens += 1

@@ -94,8 +94,9 @@ class Scheduler:
         """Decide the next step and pack it. None: nothing can run until a commit or an arrival.
         May be called once before the previous plan is committed (one step ahead), no further."""
     def commit(self, plan: Plan, tokens: npt.NDArray[np.int32], now: float) -> Events:
-        """Take the sampled token of each row of `plan`, in row order (rows without F_SAMPLE are
-        ignored; -1 means that its logits were not finite). Plans are committed in order."""
+        """Take the sampled token of each row of `plan`, in row order. A row without F_SAMPLE has
+        any number of 0 or more; -1 fails a row's sequence, sampled or not: its logits were not
+        finite, or the step could not run. Plans are committed in order."""
     def poll(self, now: float) -> Events | None:
         """Finishes that need no step: aborts and timeouts of requests that wait. None: nothing."""
     def has_work(self) -> bool:

@@ -8,6 +8,7 @@ host through pinned memory.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from zllm.runtime.models.registry import model_class
 from zllm.runtime.ops import Sampled
 from zllm.runtime.row_tables import allocate_row_tables
 
+_log = logging.getLogger(__name__)
 _GIB = 1024**3
 _PROBE_BYTES = 64 * 1024**2
 
@@ -51,6 +53,8 @@ class _Ticket:
     sampled_rows: npt.NDArray[np.intp]
     sampled: Sampled | None
     """Log-probabilities on the device, where some row asked for them."""
+    failed: bool
+    """The step could not run: every row of it ends with an error."""
 
 
 class CudaRunner:
@@ -154,8 +158,14 @@ class CudaRunner:
         self._step.arena[:words].copy_(arena[:words], non_blocking=True)
         if plan.num_swap_out or plan.num_swap_in or plan.num_copies:
             self._step.move_blocks(plan, host, self._cache, self._host_cache)
-        self._run_body(plan.num_tokens, decode_only=plan.num_decodes == plan.num_tokens)
-        sampled = self._run_head(plan) if plan.num_sampled else None
+        try:
+            sampled, failed = self._run(plan), False
+        except torch.OutOfMemoryError as error:
+            # Another process took what the profiling run had left. What a failed attempt wrote is
+            # written again, so the step may simply run once more.
+            _log.warning("step %d ran out of GPU memory, trying again: %s", plan.step, error)
+            torch.cuda.empty_cache()
+            sampled, failed = self._run_again(plan)
         done = torch.cuda.Event()
         done.record()
         if plan.num_sampled == plan.num_rows:
@@ -163,12 +173,14 @@ class CudaRunner:
         else:
             start = host[layout.H_FLAGS]
             rows = np.flatnonzero(host[start : start + plan.num_rows] & layout.F_SAMPLE)
-        return _Ticket(done, plan.step, host, plan.num_rows, rows, sampled)
+        return _Ticket(done, plan.step, host, plan.num_rows, rows, sampled, failed)
 
     def collect(self, ticket: _Ticket) -> StepResult:
         ticket.done.synchronize()
         rows, num_rows = ticket.sampled_rows, ticket.num_rows
         count = len(rows)
+        if ticket.failed:
+            return StepResult(np.full(num_rows, -1, np.int32))
         tokens = self._step.host_tokens[ticket.step & 1, :count].numpy().copy()
         if (tokens < 0).any():
             self._scrub(ticket.arena, rows[tokens < 0])
@@ -186,6 +198,18 @@ class CudaRunner:
         torch.cuda.synchronize(self.device)
         del self._graphs, self.model, self._cache, self._host_cache, self._step, self._ops
         torch.cuda.empty_cache()
+
+    def _run(self, plan: Plan) -> Sampled | None:
+        self._run_body(plan.num_tokens, decode_only=plan.num_decodes == plan.num_tokens)
+        return self._run_head(plan) if plan.num_sampled else None
+
+    def _run_again(self, plan: Plan) -> tuple[Sampled | None, bool]:
+        """What `_run` gives, and whether it failed for good."""
+        try:
+            return self._run(plan), False
+        except torch.OutOfMemoryError as error:
+            _log.error("step %d: %d rows fail: %s", plan.step, plan.num_rows, error)
+            return None, True
 
     def _run_body(self, num_tokens: int, *, decode_only: bool) -> None:
         kind = "decode" if decode_only else "mixed"
@@ -222,7 +246,6 @@ class CudaRunner:
         graphs.capture("decode", buckets.decode, lambda n: self._body(n, decode_only=True))
         graphs.capture("head", buckets.decode, self._head)
         torch.cuda.synchronize(self.device)
-        torch.cuda.empty_cache()
 
     def _profile(self) -> int:
         """Bytes that the largest step takes beyond what is allocated before it."""
@@ -233,8 +256,8 @@ class CudaRunner:
         self._body(self._shape.max_tokens, decode_only=False)
         self._head(self._shape.max_rows)
         torch.cuda.synchronize(self.device)
+        # The allocator keeps the memory: no other process can take it from a running engine.
         peak = torch.cuda.max_memory_allocated(self.device) - before
-        torch.cuda.empty_cache()
         return peak
 
     def _swap_cost(self, per_block: int) -> float:

@@ -18,7 +18,7 @@ from typing import Protocol
 import msgspec
 import zmq
 
-from zllm.errors import ConfigError
+from zllm.errors import ZllmError
 from zllm.runtime.config import EngineConfig
 from zllm.runtime.messages import (
     AbortRequests,
@@ -137,7 +137,7 @@ def main(address: str) -> int:
         from zllm.runtime.engine import Engine
 
         engine = Engine(config)
-    except (ConfigError, ImportError, OSError, MemoryError, RuntimeError) as error:
+    except (ZllmError, ImportError, OSError, MemoryError, RuntimeError) as error:
         socket.send(_encode(EngineFailed(str(error) or type(error).__name__)))
         zmq.Context.instance().destroy(linger=5000)
         return 1

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from zllm.errors import InvariantError
+from zllm.errors import ConfigError, InvariantError
 from zllm.native.scheduler import Plan
 from zllm.runtime.config import EngineConfig
 from zllm.runtime.messages import TokenLogprobs
@@ -102,6 +102,11 @@ def make_runner(config: EngineConfig) -> ModelRunner:
         from zllm.runtime.torch_runner import TorchRunner
 
         return TorchRunner(config)
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "device is 'cuda', and torch finds no GPU that it can use: `zllm doctor` says what is "
+            "missing; 'cpu' serves without one"
+        )
     from zllm.runtime.cuda_runner import CudaRunner
 
     return CudaRunner(config)

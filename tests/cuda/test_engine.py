@@ -15,6 +15,7 @@ from tests.runtime.checkpoints import VOCAB, all_logits, greedy, make_hf_model, 
 from tests.runtime.serving import Request, Server, random_prompts
 from zllm import LLM, SamplingParams
 from zllm.runtime.config import EngineConfig
+from zllm.runtime.cuda_runner import CudaRunner
 from zllm.runtime.engine import Engine
 from zllm.runtime.messages import AddRequest, FinishReason, Sampling, Stopping
 from zllm.runtime.tiny_tasks import held_out_tasks
@@ -108,8 +109,8 @@ def test_logprobs_and_minimum_lengths(model: Any) -> None:
 
 QUESTIONS = [
     pytest.param({}, id="roomy"),
-    pytest.param({"num_kv_blocks": 300}, id="preemption"),
-    pytest.param({"num_kv_blocks": 300, "swap_space_gib": 0.2}, id="swap"),
+    pytest.param({"num_kv_blocks": 60}, id="preemption"),
+    pytest.param({"num_kv_blocks": 60, "swap_space_gib": 0.2}, id="swap"),
     pytest.param({"kv_cache_dtype": "fp8_e4m3"}, id="fp8-kv"),
     pytest.param({"max_num_batched_tokens": 64, "max_num_seqs": 48}, id="small-chunks"),
     pytest.param({"dtype": "float16"}, id="fp16"),
@@ -117,8 +118,12 @@ QUESTIONS = [
 
 
 @pytest.mark.parametrize("options", QUESTIONS)
-def test_the_embedded_model_answers_at_least_99_of_100(options: dict[str, Any]) -> None:
-    """Overlap, graphs and prefix reuse are on."""
+def test_the_embedded_model_answers_at_least_99_of_100(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Overlap, graphs and prefix reuse are on. Swapping never pays for so small a model: here it
+    is taken to cost nothing."""
+    monkeypatch.setattr(CudaRunner, "_swap_cost", lambda *_: 0.0)
     tasks = held_out_tasks(2000)
     llm = LLM(device="cuda", **options)
     answers = llm.chat(
@@ -173,6 +178,42 @@ def _count(engine: Engine, ended: Counter[int]) -> None:
     if output is not None:
         assert not output.refused
         ended.update(finish for finish in output.finishes if finish)
+
+
+def test_a_step_that_ran_out_of_memory_runs_again(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hf_model, folder = model
+    server = Server(folder, device="cuda", dtype="float32")
+    run, calls = server.runner._run_body, []
+
+    def short_of_memory(*args: Any, **options: Any) -> None:
+        calls.append(args)
+        if len(calls) % 3 == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory, by the test")
+        run(*args, **options)
+
+    monkeypatch.setattr(server.runner, "_run_body", short_of_memory)
+    for prompt, answer in zip(PROMPTS, server.serve(requests(10)), strict=True):
+        assert answer.tokens == greedy(hf_model, prompt, 10)
+
+
+def test_memory_that_is_gone_fails_the_step_and_not_the_engine(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hf_model, folder = model
+    # The prompt takes two chunks: the first one samples nothing, and must fail all the same.
+    server = Server(folder, device="cuda", dtype="float32", max_num_batched_tokens=64)
+
+    def no_memory(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory, by the test")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(server.runner, "_run_body", no_memory)
+        (answer,) = server.serve([Request(list(range(60)) * 2, 10)])
+    assert answer.finish == FinishReason.ERROR
+    (answer,) = server.serve(requests(10)[:1])
+    assert answer.tokens == greedy(hf_model, PROMPTS[0], 10)
 
 
 def test_a_poisoned_request_fails_alone(tmp_path: Path) -> None:
