@@ -14,6 +14,14 @@ __device__ __forceinline__ Tile share_of(u32 total, u32 parts, u32 i) {
   return {static_cast<int>(i * each + min(i, longer)), static_cast<int>(each + (i < longer))};
 }
 
+// The same in units of Unit rows, so that a tile begins where vectors do; the last may be short.
+template <int Unit>
+__device__ __forceinline__ Tile share_of_units(int total, u32 parts, u32 i) {
+  const Tile units = share_of((total + Unit - 1) / Unit, parts, i);
+  const int first = units.first * Unit;
+  return {first, max(min(units.count * Unit, total - first), 0)};
+}
+
 // The row of W that stands at `row` of a tile, or -1. Gated: in each 16 rows of the tile, 8 of the
 // gate and then their 8 of the up projection, which is n rows further on.
 template <bool Gated> __device__ __forceinline__ int weight_row(Tile tile, int n, int row) {
@@ -29,42 +37,72 @@ template <typename T> struct Epilogue {
   int m, n, k;
 };
 
+__device__ __forceinline__ float silu(float x) { return x / (1.f + __expf(-x)); }
+
 // partials: [Groups][row of x][row of the tile], a row of x every Rows + 4 floats; squares, if
-// Norm: [Groups][row of x], sums over k of x^2. Begins and ends with a barrier.
-template <int Rows, int Cols, int Groups, int Cluster, int Warps, bool Norm, bool Add, bool Gated,
+// Norm: [Groups][row of x], sums over k of x^2. Each of the Split blocks of the cluster
+// holds a part of every sum; the one of this rank adds and stores its share of the rows of x.
+// Begins and ends with a barrier.
+template <int Rows, int Cols, int Groups, int Split, int Warps, bool Norm, bool Add, bool Gated,
           typename T>
 __device__ __forceinline__ void finish_tile(const Epilogue<T>& to, Tile tile, const float* partials,
                                             const float* squares, u32 rank) {
   constexpr int pitch = Rows + 4;
-  if constexpr (Cluster > 1)
+  if constexpr (Split > 1)
     sync_cluster();
   else
     __syncthreads();
-  const auto total = [&](const float* at, int stride) {
-    float sum = 0.f;
+  const auto total = [&](const float* at) {
+    float4 sum{};
 #pragma unroll
-    for (int q = 0; q < Cluster; ++q)
+    for (int q = 0; q < Split; ++q)
 #pragma unroll
-      for (int p = 0; p < Groups; ++p)
-        sum += Cluster > 1 ? load_cluster(shared_address(at + p * stride), q) : at[p * stride];
+      for (int p = 0; p < Groups; ++p) {
+        const float* const from = at + p * Cols * pitch;
+        const float4 v = Split > 1 ? load_cluster(shared_address(from), q)
+                                   : *reinterpret_cast<const float4*>(from);
+        sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+      }
     return sum;
   };
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int blocks = (tile.count + 31) / 32;
-  for (int j = rank * Warps + warp; j < to.m * blocks; j += Cluster * Warps) {
-    const int row = j / blocks, o = j % blocks * 32 + lane;
+  const int blocks = (tile.count + 127) / 128;
+  for (int j = rank * Warps + warp; j < to.m * blocks; j += Split * Warps) {
+    const int row = j / blocks, o = j % blocks * 128 + lane * 4;
     if (o >= tile.count) continue;
     const i64 place = static_cast<i64>(row) * to.n + tile.first + o;
     const float* const at = partials + row * pitch + (Gated ? o / 8 * 16 + o % 8 : o);
-    float residual = 0.f, scale = 1.f;
-    if constexpr (Add) residual = to_float(to.residual[place]);
-    if constexpr (Norm) scale = rsqrtf(total(squares + row, Cols) / to.k + to.eps);
-    float y = scale * total(at, Cols * pitch);
-    if constexpr (Gated) y = y / (1.f + __expf(-y)) * (scale * total(at + 8, Cols * pitch));
-    to.out[place] = from_float<T>(y + residual);
+    float residual[4] = {};
+    if constexpr (Add) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (o + i < tile.count) residual[i] = to_float(to.residual[place + i]);
+    }
+    float scale = 1.f;
+    if constexpr (Norm) {
+      float sum = 0.f;
+#pragma unroll
+      for (int q = 0; q < Split; ++q)
+#pragma unroll
+        for (int p = 0; p < Groups; ++p) {
+          const float* const from = squares + p * Cols + row;
+          sum += Split > 1 ? load_cluster_float(shared_address(from), q) : *from;
+        }
+      scale = rsqrtf(sum / to.k + to.eps);
+    }
+    const float4 sums = total(at);
+    float y[4] = {scale * sums.x, scale * sums.y, scale * sums.z, scale * sums.w};
+    if constexpr (Gated) {
+      const float4 up = total(at + 8);
+      y[0] = silu(y[0]) * (scale * up.x), y[1] = silu(y[1]) * (scale * up.y);
+      y[2] = silu(y[2]) * (scale * up.z), y[3] = silu(y[3]) * (scale * up.w);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (o + i < tile.count) to.out[place + i] = from_float<T>(y[i] + residual[i]);
   }
-  if constexpr (Cluster > 1)
-    sync_cluster();
+  if constexpr (Split > 1)
+    sync_cluster_relaxed();
   else
     __syncthreads();
 }

@@ -105,8 +105,28 @@ __device__ __forceinline__ void sync_cluster() {
                    : "memory");
 #endif
 }
-// The float at `address` of this block's shared memory, in the block `rank` of the cluster.
-__device__ __forceinline__ float load_cluster(u32 address, u32 rank) {
+// The same barrier without the promise about memory, which would wait for stores to arrive: when all
+// that matters is that the other blocks have read what they came for.
+__device__ __forceinline__ void sync_cluster_relaxed() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" :::
+                   "memory");
+#endif
+}
+// What stands at `address` of this block's shared memory, in the block `rank` of the cluster.
+__device__ __forceinline__ float4 load_cluster(u32 address, u32 rank) {
+  float4 v{};
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n.reg .u32 there;\nmapa.shared::cluster.u32 there, %4, %5;\n"
+      "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];\n}"
+      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+      : "r"(address), "r"(rank)
+      : "memory");
+#endif
+  return v;
+}
+__device__ __forceinline__ float load_cluster_float(u32 address, u32 rank) {
   float v = 0.f;
 #if __CUDA_ARCH__ >= 900
   asm volatile(

@@ -1,0 +1,65 @@
+// The tensor copy engine of sm_90: boxes of a matrix to swizzled shared memory, each completing on
+// an mbarrier. Barriers keep their default scope: a wait that acquires at the scope of the cluster
+// throws away L1, and did cost half of the bandwidth.
+#pragma once
+#include "linear_tile.cuh"
+
+// A CUtensorMap, passed by value (__grid_constant__).
+struct alignas(64) TensorMap {
+  unsigned char opaque[128];
+};
+
+#if __CUDA_ARCH__ >= 900
+__device__ __forceinline__ void barrier_init(u32 barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+__device__ __forceinline__ void barrier_init_fence() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+// One arrival, and the bytes whose copies end this phase.
+__device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(u32 barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "retry:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra retry;\n}\n" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+// The box at (column, row); what lies outside the matrix becomes zero. The data is not read again.
+__device__ __forceinline__ void copy_box_once(u32 to, const TensorMap& map, int column, int row,
+                                              u32 barrier) {
+  constexpr u64 evict_first = 0x12f0000000000000;
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
+      "l"(&map), "r"(column), "r"(row), "r"(barrier), "l"(evict_first)
+      : "memory");
+}
+// The same from a matrix seen as [unit][gate, up][8 rows][column]: whole units.
+__device__ __forceinline__ void copy_gated_box_once(u32 to, const TensorMap& map, int column,
+                                                    int unit, u32 barrier) {
+  constexpr u64 evict_first = 0x12f0000000000000;
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%2, %3, %3, %4}], [%5], %6;" ::"r"(to),
+      "l"(&map), "r"(column), "r"(0), "r"(unit), "r"(barrier), "l"(evict_first)
+      : "memory");
+}
+// The box at (column, row), for data that others read, too.
+__device__ __forceinline__ void copy_box(u32 to, const TensorMap& map, int column, int row,
+                                         u32 barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3}], [%4];" ::"r"(to),
+      "l"(&map), "r"(column), "r"(row), "r"(barrier)
+      : "memory");
+}
+#endif

@@ -1,0 +1,144 @@
+"""How a product with few rows is cut, and where cutting it so beats cuBLAS: as measured.
+
+The numbers are one H200's (docs/decisions/060-skinny-linear.md, 061-tall-tiles.md); on another GPU
+they are still right, and perhaps not the fastest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+SHARED_BYTES = 113 * 1024
+"""What lets a block share its multiprocessor with one of the kernel that follows (228 KiB)."""
+MOST_SHARED_BYTES = 220 * 1024
+UNIT = 8
+"""Rows of W in which linear_wgmma.cu divides: one pattern of its shared memory's swizzle."""
+
+
+@dataclass(frozen=True)
+class Skinny:
+    """The macros of linear_skinny.cu."""
+
+    mtiles: int
+    ntiles: int
+    warps_n: int
+    warps_k: int
+    slabs: int
+    stages: int
+    cluster: int = 1
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps_n * self.warps_k
+
+    def shared_bytes(self, norm: bool) -> int:
+        """Dynamic shared memory: the rings, the partial sums and the sums of squares."""
+        rows, columns = 16 * self.mtiles * self.warps_n, 8 * self.ntiles
+        ring = self.stages * self.slabs * 64 * (rows + columns + norm)
+        return self.warps_k * (ring + columns * (rows + 4) * 4 + columns * 4)
+
+    def fit(self, limit: int) -> Skinny:
+        """The same with as many stages fewer as `limit` bytes of shared memory ask for."""
+        plan = self
+        while plan.shared_bytes(norm=True) > limit:
+            plan = replace(plan, stages=plan.stages - 1)
+        return plan
+
+    def macros(self) -> dict[str, int]:
+        return {
+            "MTILES": self.mtiles,
+            "NTILES": self.ntiles,
+            "WARPS_N": self.warps_n,
+            "WARPS_K": self.warps_k,
+            "SLABS": self.slabs,
+            "STAGES": self.stages,
+            "CLUSTER": self.cluster,
+        }
+
+
+@dataclass(frozen=True)
+class Tall:
+    """The macros of linear_wgmma.cu."""
+
+    DEPTH = 64
+
+    warpgroups: int
+    ntiles: int
+    split: int
+    shared_limit: int
+
+    @property
+    def threads(self) -> int:
+        return 128 * self.warpgroups + 32
+
+    @property
+    def stages(self) -> int:
+        return min(12, self.shared_limit // (self._stage_bytes + 16))
+
+    @property
+    def _stage_bytes(self) -> int:
+        return (64 * self.warpgroups + 8 * self.ntiles) * self.DEPTH * 2
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory: the ring and its barriers."""
+        return self.stages * (self._stage_bytes + 16)
+
+    def owners(self, num_sms: int) -> int:
+        """Clusters of the grid."""
+        return _clusters(num_sms, self.split)
+
+    def box_units(self, outputs: int, num_sms: int, gated: bool) -> int:
+        """Units of 8 outputs in the tallest tile."""
+        longest = _ceil(_ceil(outputs, UNIT), self.owners(num_sms))
+        most = 64 * self.warpgroups // UNIT // (2 if gated else 1)
+        return _ceil(longest, _ceil(longest, most))
+
+    def macros(self) -> dict[str, int]:
+        return {
+            "WARPGROUPS": self.warpgroups,
+            "NTILES": self.ntiles,
+            "STAGES": self.stages,
+            "SPLIT": self.split,
+        }
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _clusters(num_sms: int, blocks: int) -> int:
+    """Clusters that run at once. A cluster lies within one group of multiprocessors, and those of
+    16 and 18 hold as many of 4 or 8 blocks: two multiprocessors of the larger stay free."""
+    return num_sms // blocks if blocks < 4 else num_sms // 8 * 8 // blocks
+
+
+def skinny_plan(m: int, n: int, num_sms: int) -> Skinny:
+    """For up to 16 rows of x and n of W."""
+    short = n <= 16 * num_sms
+    if m <= 8:
+        return Skinny(1, 1, 1, 8, 2, 4) if short else Skinny(2, 1, 1, 8, 1, 5)
+    return Skinny(1, 2, 1, 8, 1, 6) if short else Skinny(2, 2, 2, 4, 1, 4)
+
+
+def tall_plan(m: int, n: int, k: int, num_sms: int) -> Tall:
+    """For 9 to 64 rows of x and n of W, counted in W's rows also where two make one output."""
+    split = 1
+    if n <= 32 * num_sms and k >= 2048:
+        split = 2 if n > 16 * num_sms else 8 if n <= 8 * num_sms else 4
+    rows = _ceil(_ceil(n, UNIT), _clusters(num_sms, split)) * UNIT
+    warpgroups = min(3, _ceil(rows, 64))
+    ntiles = 2 if m <= 16 else 4 if m <= 32 else 8
+    deep = warpgroups == 3 or (m > 32 and 2 * n * k >= 30_000_000)
+    return Tall(warpgroups, ntiles, split, MOST_SHARED_BYTES if deep else SHARED_BYTES)
+
+
+def faster_than_cublas(m: int, n: int, k: int, num_sms: int, hopper: bool) -> bool:
+    """Whether the plan for m rows beat cuBLAS where it was measured."""
+    if m <= 8:
+        return n >= num_sms
+    if not hopper:
+        return m <= 16 and n * k <= 20_000_000
+    # At more than 48 rows cuBLAS is up to 5% faster where k is split in two (a 4B or 8B model's o
+    # and down), but one ordinary launch in a chain of overlapping ones costs more than that.
+    return m <= 64
