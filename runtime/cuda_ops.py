@@ -38,14 +38,17 @@ class CudaOps:
     def norm_linear(
         self, x: Tensor, norm: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: float
     ) -> Tensor:
-        if bias is None and x.dtype == torch.bfloat16 and self._few_rows(x, weight):
+        if bias is None and self._fuses_norm(x, weight):
             return self._skinny.linear(x, weight, norm=norm, eps=eps)
         return self.linear(self.rms_norm(x, norm, eps), weight, bias)
 
     def norm_gated_linear(self, x: Tensor, norm: Tensor, gate_up: Tensor, *, eps: float) -> Tensor:
-        if x.dtype == torch.bfloat16 and self._few_rows(x, gate_up):
+        if self._fuses_norm(x, gate_up):
             return self._skinny.linear(x, gate_up, norm=norm, eps=eps, gated=True)
-        return activation.silu_mul(self._kernels, self.norm_linear(x, norm, gate_up, eps=eps))
+        normed = self.rms_norm(x, norm, eps)
+        if self._few_rows(normed, gate_up, gated=True):
+            return self._skinny.linear(normed, gate_up, gated=True)
+        return activation.silu_mul(self._kernels, self.linear(normed, gate_up))
 
     def add_linear(
         self, residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None
@@ -58,9 +61,14 @@ class CudaOps:
         if bias is not None:
             residual.add_(bias)
 
-    def _few_rows(self, x: Tensor, weight: Tensor) -> bool:
+    def _few_rows(self, x: Tensor, weight: Tensor, gated: bool = False) -> bool:
         """Whether reading the weight is all that the product's time depends on."""
-        return self._skinny.supports(x.shape[0], weight.shape[0], weight.shape[1], x.dtype)
+        n, k = weight.shape
+        return self._skinny.supports(x.shape[0], n, k, x.dtype, gated)
+
+    def _fuses_norm(self, x: Tensor, weight: Tensor) -> bool:
+        few = x.shape[0] <= self._skinny.MAX_NORM_ROWS and x.dtype == torch.bfloat16
+        return few and self._few_rows(x, weight)
 
     def rope_and_cache(
         self,

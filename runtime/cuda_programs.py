@@ -79,10 +79,13 @@ def _programs(kernels: KernelLibrary, model: ModelConfig, shape: StepShape) -> I
     )
     yield from attention.programs(spec, kernels.compiler.arch)
     yield from cuda_step.programs(dtype, model.vocab_size)
-    heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     if dtype != torch.float32:
         skinny, fused = SkinnyLinear(kernels), dtype == torch.bfloat16
-        yield from skinny.programs(heads, dtype, norm=fused)
-        yield from skinny.programs(model.hidden_size, dtype, residual=True)
-        yield from skinny.programs(2 * model.intermediate_size, dtype, norm=fused, gated=fused)
-        yield from skinny.programs(model.vocab_size, dtype, norm=fused)
+        hidden, inner = model.hidden_size, model.intermediate_size
+        heads = model.num_heads * model.head_dim
+        qkv = heads + 2 * model.num_kv_heads * model.head_dim
+        yield from skinny.programs(qkv, hidden, dtype, norm=fused)
+        yield from skinny.programs(hidden, heads, dtype, residual=True)
+        yield from skinny.programs(2 * inner, hidden, dtype, norm=fused, gated=True)
+        yield from skinny.programs(hidden, inner, dtype, residual=True)
+        yield from skinny.programs(model.vocab_size, hidden, dtype, norm=fused)
