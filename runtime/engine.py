@@ -6,6 +6,7 @@ collected, so that the device never waits for the host.
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass
 
@@ -26,6 +27,8 @@ from zllm.runtime.messages import (
 )
 from zllm.runtime.model_config import ModelConfig
 from zllm.runtime.model_runner import ModelRunner, StepResult, Ticket, make_runner
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,7 @@ class Engine:
         self.runner.allocate_arenas(self.scheduler.arena_words)
         self._in_flight: _Step | None = None
         self._refused: list[RequestRefused] = []
+        self._violations = 0
         self._num_logprobs: dict[int, int] = {}
         self._arena = 0
 
@@ -141,13 +145,17 @@ class Engine:
             generated_tokens=int(stats["generated_tokens"]),
             preemptions=int(stats["preemptions"]),
             steps=int(stats["steps"]),
+            violations=self._violations,
         )
 
     def check(self) -> str | None:
-        """The scheduler's invariants, for idle moments: what is violated, or None."""
+        """Verify the scheduler's books: what is violated, which is also logged and counted, or
+        None. Takes time in proportion to the pool: for idle moments."""
         try:
             self.scheduler.check()
         except InvariantError as error:
+            self._violations += 1
+            _log.error("the scheduler's books do not balance: %s; %s", error, self.load())
             return str(error)
         return None
 

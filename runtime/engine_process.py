@@ -35,6 +35,8 @@ from zllm.runtime.messages import (
 
 HEARTBEAT_S = 0.5
 """Silence of the outbox at most, while the step loop turns."""
+CHECK_S = 10.0
+"""Between two checks of the scheduler's books, which happen when the engine falls idle."""
 
 _decode = msgspec.msgpack.Decoder(ToEngine).decode
 _encode = msgspec.msgpack.Encoder().encode
@@ -49,6 +51,7 @@ class Steppable(Protocol):
     def step(self) -> StepOutput | None: ...
     def has_work(self) -> bool: ...
     def load(self) -> Load: ...
+    def check(self) -> str | None: ...
     def close(self) -> None: ...
 
 
@@ -59,6 +62,7 @@ class EngineLoop:
         self._engine = engine
         self._socket = socket
         self._last_sent = 0.0
+        self._last_check = 0.0
 
     def run(self) -> None:
         """Until Shutdown comes."""
@@ -72,6 +76,9 @@ class EngineLoop:
             if output is not None:
                 self._send(output)
             idle_again = (heard or busy) and not engine.has_work()
+            if idle_again and time.monotonic() - self._last_check > CHECK_S:
+                self._last_check = time.monotonic()
+                engine.check()
             if idle_again or time.monotonic() - self._last_sent > HEARTBEAT_S:
                 self._send(Heartbeat(engine.load()))
         engine.close()

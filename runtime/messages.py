@@ -158,6 +158,8 @@ class Load(msgspec.Struct, frozen=True, array_like=True):
     generated_tokens: int = 0
     preemptions: int = 0
     steps: int = 0
+    violations: int = 0
+    """Checks of the scheduler's books that failed: a defect of zllm."""
 
 
 class StepOutput(_Message, frozen=True, tag="step"):

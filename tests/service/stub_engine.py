@@ -81,6 +81,9 @@ class StubEngine:
         prompt = np.frombuffer(request.prompt, "<i4").tolist()
         self._waiting.append(_Sequence(request, prompt, time.monotonic()))
 
+    def check(self) -> str | None:
+        return None
+
     def abort(self, request_ids: list[int]) -> None:
         for request_id in request_ids:
             waiting = [s for s in self._waiting if s.request.request_id != request_id]

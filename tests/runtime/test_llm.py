@@ -1,0 +1,108 @@
+"""LLM: the engine without sockets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from zllm import LLM, SamplingParams
+from zllm.errors import ConfigError, InvalidRequest
+from zllm.runtime.embedded import EMBEDDED_MODEL
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    made = LLM(device="cpu", num_kv_blocks=512, max_num_seqs=16)
+    yield made
+    made.close()
+
+
+def ask(*questions: str) -> list[list[dict[str, str]]]:
+    return [[{"role": "user", "content": question}] for question in questions]
+
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=60)
+
+
+def test_answers_stand_in_the_order_of_the_questions(llm: LLM) -> None:
+    outputs = llm.chat(ask("What is 12 + 7?", "Count from 3 to 9.", "What is 20 - 31?"), GREEDY)
+    assert [output.outputs[0].text for output in outputs] == [
+        "12 + 7 = 19",
+        "3, 4, 5, 6, 7, 8, 9",
+        "20 - 31 = -11",
+    ]
+    assert all(output.outputs[0].finish_reason == "eos" for output in outputs)
+    llm.engine.scheduler.check()
+
+
+def test_each_prompt_may_have_its_own_parameters(llm: LLM) -> None:
+    prompts = ["12 + 7 =", "12 + 7 ="]
+    params = [SamplingParams(temperature=0.0, max_tokens=n) for n in (1, 3)]
+    lengths = [len(o.outputs[0].token_ids) for o in llm.generate(prompts, params)]
+    assert lengths[0] == 1
+    assert lengths[1] >= 2
+
+
+def test_a_stop_string_ends_the_text_before_it(llm: LLM) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=60, stop="7, 8")
+    (output,) = llm.chat(ask("Count from 3 to 12."), params)
+    completion = output.outputs[0]
+    assert completion.text == "3, 4, 5, 6, "
+    assert (completion.finish_reason, completion.stop_reason) == ("stop", "7, 8")
+
+
+def test_a_stop_token_is_named_and_not_in_the_text(llm: LLM) -> None:
+    assert llm.tokenizer is not None
+    (comma,) = llm.tokenizer.encode(",")
+    params = SamplingParams(temperature=0.0, max_tokens=60, stop_token_ids=[comma])
+    (output,) = llm.chat(ask("Count from 3 to 12."), params)
+    assert output.outputs[0].text == "3"
+    assert output.outputs[0].stop_reason == comma
+
+
+def test_the_same_seed_gives_the_same_tokens_alone_and_in_a_batch(llm: LLM) -> None:
+    params = SamplingParams(temperature=2.0, max_tokens=20, seed=7, ignore_eos=True)
+    others = SamplingParams(temperature=2.0, max_tokens=20, ignore_eos=True)
+    prompt = "Count from 1 to 5."
+    (alone,) = llm.generate(prompt, params)
+    batch = llm.generate([prompt] * 12, [others] * 5 + [params] + [others] * 6)
+    assert batch[5].outputs[0].token_ids == alone.outputs[0].token_ids
+    assert batch[4].outputs[0].token_ids != batch[6].outputs[0].token_ids
+
+
+def test_log_probabilities_add_up(llm: LLM) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=5, logprobs=3)
+    (output,) = llm.generate("12 + 7 =", params)
+    completion = output.outputs[0]
+    assert completion.logprobs is not None
+    assert len(completion.logprobs) == len(completion.token_ids)
+    assert completion.cumulative_logprob == sum(each.logprob for each in completion.logprobs)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "field"), [([], "prompt"), ([5, 10**6], "token_ids"), ([1] * 2048, "prompt")]
+)
+def test_a_bad_prompt_is_refused_before_anything_runs(
+    llm: LLM, prompt: list[int], field: str
+) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        llm.generate(["fine", prompt], GREEDY)
+    assert caught.value.field == field
+    assert not llm.engine.has_work()
+
+
+def test_a_folder_without_a_tokenizer_takes_token_ids(tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).symlink_to(EMBEDDED_MODEL / name)
+    bare = LLM(tmp_path, device="cpu", num_kv_blocks=64)
+    (output,) = bare.generate([40, 41, 42], SamplingParams(temperature=0.0, max_tokens=3))
+    assert len(output.outputs[0].token_ids) == 3
+    with pytest.raises(InvalidRequest, match="no tokenizer"):
+        bare.generate("text")
+
+
+def test_an_unknown_option_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="max_seqs"):
+        LLM(device="cpu", max_seqs=3)
