@@ -2,8 +2,8 @@
 
 A slot holds the state of the prefix that its KV was computed from, and the state before it, so a
 row that reads a stale, foreign or unwritten slot is found at once. The sampled token is a function
-of the prefix alone: whatever the scheduler did with batches, caching, preemption and overlap, a
-request must get the same tokens.
+of the prefix and the seed alone: whatever the scheduler did with batches, caching, preemption and
+overlap, a request must get the same tokens.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ def extend(state: int, token: int) -> int:
     return (state * 1000003 + token + 1) % (2**61 - 1)
 
 
-def sample(state: int, vocab: int = VOCAB) -> int:
-    """The model: any function of the prefix will do."""
-    return state % 1009 % vocab
+def sample(state: int, seed: int = 0, vocab: int = VOCAB) -> int:
+    """The model: any function of the prefix and the seed will do."""
+    return (state + 7919 * seed) % 1009 % vocab
 
 
-def next_token(prefix: tuple[int, ...], vocab: int = VOCAB) -> int:
+def next_token(prefix: tuple[int, ...], seed: int = 0) -> int:
     """The token that the model gives after a prefix."""
     state = 0
     for token in prefix:
         state = extend(state, token)
-    return sample(state, vocab)
+    return sample(state, seed)
 
 
 @dataclass
@@ -102,7 +102,7 @@ class Device:
             longest = max(longest, length)
             self._verify(int(rows[r]), length)
             if flags[r] & arena.F_SAMPLE:
-                sampled[r] = sample(states[r], self.vocab)
+                sampled[r] = sample(states[r], self._seed(int(rows[r])), self.vocab)
                 self.last_token[int(rows[r])] = int(sampled[r])
         self.tokens_computed += num_tokens
         assert int(words[arena.H_NUM_SAMPLED]) == int(((flags & arena.F_SAMPLE) != 0).sum())
@@ -133,6 +133,9 @@ class Device:
                 self.slots[block * BLOCK + i] = slot
             else:
                 self.slots.pop(block * BLOCK + i, None)
+
+    def _seed(self, row: int) -> int:
+        return int(self.params[row][arena.P_SEED_HIGH])
 
     def _slot(self, row: int, position: int) -> int:
         return self.table[row][position // BLOCK] * BLOCK + position % BLOCK

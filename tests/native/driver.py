@@ -35,17 +35,18 @@ def make_scheduler(
 def answer(
     prompt: list[int],
     max_tokens: int,
+    index: int = 0,
     *,
     max_model_len: int = 256,
     eos: tuple[int, ...] = (EOS,),
 ) -> list[int]:
-    """What a request must get, however it is scheduled."""
+    """What a request's sequence must get, however it is scheduled."""
     state = 0
     for token in prompt:
         state = extend(state, token)
     out: list[int] = []
     while len(out) < max_tokens and len(prompt) + len(out) < max_model_len:
-        out.append(sample(state))
+        out.append(sample(state, index))
         state = extend(state, out[-1])
         if out[-1] in eos:
             break

@@ -12,8 +12,9 @@ from tests.native.driver import Driver, answer, make_scheduler
 from zllm.errors import InvalidRequest
 
 POLICIES = ["fcfs", "priority", "sjf", "lpm", "fair"]
+CONTEXT_LIMIT = 4
 FINISHED_EARLY = {4, 5, 6, 100}
-"""Context limit (the pool may be smaller than the context), time limit, abort, queue timeout."""
+"""Context limit (the pool may be smaller), time limit, abort, queue timeout."""
 
 
 @dataclass
@@ -25,11 +26,13 @@ class Scenario:
     driver: Driver = field(init=False)
     wanted: dict[int, tuple[list[int], int, int]] = field(default_factory=dict)
     num_host_blocks: int = 0
+    num_slots: int = 0
 
     def __post_init__(self) -> None:
         self.rng = rng = random.Random(self.seed)
         num_blocks = rng.choice([6, 10, 20, 40, 64])
         max_num_seqs = rng.choice([1, 3, 8])
+        self.num_slots = 16 * (num_blocks - 1)
         self.num_host_blocks = rng.choice([0, 0, 5, 50])
         scheduler = make_scheduler(
             num_blocks=num_blocks,
@@ -83,10 +86,13 @@ class Scenario:
         """Let all that is live end; then everybody has what was asked for, and nobody a block."""
         self.driver.run(30000)
         for request_id, (prompt, max_tokens, num_sequences) in self.wanted.items():
-            right = answer(prompt, max_tokens)
             for index in range(num_sequences):
+                right = answer(prompt, max_tokens, index)
                 result = self.driver.results[request_id, index]
                 assert result.finish, "a sequence without an end"
+                if result.finish == CONTEXT_LIMIT:
+                    length = len(prompt) + len(result.tokens)
+                    assert length == 256 or length > self.num_slots
                 if result.finish in FINISHED_EARLY:
                     assert result.tokens == right[: len(result.tokens)]
                 else:

@@ -50,9 +50,11 @@ class Interleavings(RuleBasedStateMachine):
             patience=patience,
         )
         self.driver = Driver(scheduler, max_num_seqs=max_num_seqs, num_blocks=num_blocks)
+        self.prompts: dict[tuple[int, int], int] = {}
         self.expected: dict[tuple[int, int], list[int]] = {}
         self.limits: dict[tuple[int, int], set[int]] = {}
         self.num_requests = 0
+        self.num_slots = 16 * (num_blocks - 1)
 
     @rule(
         shared=st.integers(0, 100),
@@ -96,7 +98,8 @@ class Interleavings(RuleBasedStateMachine):
             return
         self.num_requests += 1
         for index in range(num_sequences):
-            self.expected[request_id, index] = answer(prompt, max_tokens)
+            self.prompts[request_id, index] = len(prompt)
+            self.expected[request_id, index] = answer(prompt, max_tokens, index)
             self.limits[request_id, index] = {ABORTED, CONTEXT_LIMIT}
             if queue_timeout:
                 self.limits[request_id, index].add(QUEUE_TIMEOUT)
@@ -174,6 +177,9 @@ class Interleavings(RuleBasedStateMachine):
             assert result.tokens == expected[: len(result.tokens)]
             if result.finish and result.finish not in self.limits[key]:
                 assert result.tokens == expected
+            if result.finish == CONTEXT_LIMIT:
+                length = self.prompts[key] + len(result.tokens)
+                assert length == 256 or length > self.num_slots
 
     def teardown(self) -> None:
         if not hasattr(self, "driver"):

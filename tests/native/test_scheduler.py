@@ -221,6 +221,38 @@ def test_equal_prompts_at_once_end_up_sharing_their_blocks() -> None:
         assert driver.results[i, 0].tokens == answer(prompt_of(32), 40, eos=())
 
 
+def test_a_folded_block_stays_until_no_step_reads_it() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=64)
+    driver = Driver(scheduler)
+    for i in range(2):
+        driver.add(i, prompt_of(32), max_tokens=9, eos_token_ids=())
+    driver.plan()
+    driver.plan()
+    used = []
+    for _ in range(2):
+        driver.commit()
+        used.append(scheduler.stats()["blocks_total"] - scheduler.stats()["blocks_free"])
+    assert scheduler.stats()["folded_blocks"] == 2
+    assert used == [2 + 2 + 2, 2 + 2]
+    driver.run()
+
+
+def test_no_end_before_min_tokens() -> None:
+    full = answer(prompt_of(6), 200, eos=())
+    early, late = next((i, j) for i in range(4) for j in range(4, 200) if full[i] == full[j])
+    driver = Driver(make_scheduler())
+    driver.add(
+        1,
+        prompt_of(6),
+        max_tokens=200,
+        min_tokens=4,
+        eos_token_ids=(),
+        stop_token_ids=(full[early],),
+    )
+    driver.run()
+    assert driver.results[1, 0].tokens == full[: late + 1]
+
+
 @pytest.mark.parametrize("overlap", [False, True])
 def test_a_full_pool_preempts_and_every_answer_is_right(overlap: bool) -> None:
     scheduler = make_scheduler(num_blocks=13)

@@ -24,7 +24,7 @@ def test_the_prompt_of_many_sequences_is_computed_once(
     driver.add(1, prompt, num_sequences=4, max_tokens=20, eos_token_ids=(), bypass_cache=bypass)
     driver.run()
     for index in range(4):
-        assert driver.results[1, index].tokens == answer(prompt, 20, eos=())
+        assert driver.results[1, index].tokens == answer(prompt, 20, index, eos=())
     # Each fork computes the prompt's last token again: it needs logits of its own.
     assert driver.device.tokens_computed == length + 3 + 4 * 19
     assert driver.scheduler.stats()["forks"] == (3 if length > 1 else 0)
@@ -86,7 +86,7 @@ def test_a_beam_forks_from_a_running_sequence() -> None:
     tokens = [*prompt, *first[:-1], 44]
     expected = []
     while len(tokens) < len(prompt) + 12:
-        expected.append(next_token(tuple(tokens)))
+        expected.append(next_token(tuple(tokens), 1))
         tokens.append(expected[-1])
     assert driver.results[1, 1].tokens == expected
     assert driver.results[1, 0].tokens == answer(prompt, 12, eos=())
@@ -151,3 +151,37 @@ def test_the_victim_is_the_sequence_that_loses_least() -> None:
     assert scheduler.stats()["preempted_tokens"] < min(lengths[0], lengths[2])
     assert scheduler.stats()["preempted_tokens"] <= lengths[1]
     driver.run()
+
+
+def test_the_oldest_sequence_is_never_the_victim() -> None:
+    scheduler = make_scheduler(num_blocks=10)
+    driver = Driver(scheduler, num_blocks=10, overlap=False)
+    driver.add(0, prompt_of(10, 0), max_tokens=120, eos_token_ids=())
+    driver.add(1, prompt_of(80, 1), max_tokens=120, eos_token_ids=())
+    while scheduler.stats()["preemptions"] == 0:
+        driver.step()
+    assert scheduler.stats()["preempted_tokens"] > 80
+    before = len(driver.results[0, 0].tokens)
+    driver.step()
+    assert len(driver.results[0, 0].tokens) == before + 1
+    driver.run()
+
+
+def test_forks_that_went_their_own_way_share_no_more() -> None:
+    """Preempted among their siblings, they come back with tokens of their own."""
+    for num_host_blocks in (0, 40):
+        scheduler = make_scheduler(num_blocks=12, num_host_blocks=num_host_blocks)
+        driver = Driver(scheduler, num_blocks=12)
+        for request_id in range(3):
+            driver.add(
+                request_id,
+                prompt_of(40),
+                num_sequences=3,
+                max_tokens=70,
+                eos_token_ids=(),
+                bypass_cache=request_id == 1,
+            )
+        driver.run()
+        assert scheduler.stats()["preemptions"] > 0
+        for (_, index), result in driver.results.items():
+            assert result.tokens == answer(prompt_of(40), 70, index, eos=())
