@@ -1,11 +1,8 @@
-// What linear_skinny.cu asks of the machine: asynchronous copies, the matrix instruction in the
-// order of k that 16-byte reads give, and the shared memory of a cluster's other blocks.
+// What the products with few rows ask of the machine beyond mma.cuh and async_copy.cuh: copies that
+// bring whole lines to L2, 16-byte reads, and the shared memory of a cluster's other blocks.
 #pragma once
-#include "common.cuh"
-
-__device__ __forceinline__ u32 shared_address(const void* p) {
-  return static_cast<u32>(__cvta_generic_to_shared(p));
-}
+#include "async_copy.cuh"
+#include "mma.cuh"
 
 // Copies 16 bytes to shared memory past L1, or writes zeros where `valid` is false.
 __device__ __forceinline__ void copy_async(u32 to, const void* from, bool valid) {
@@ -13,13 +10,6 @@ __device__ __forceinline__ void copy_async(u32 to, const void* from, bool valid)
                "r"(valid ? 16 : 0)
                : "memory");
 }
-__device__ __forceinline__ void commit_copies() {
-  asm volatile("cp.async.commit_group;" ::: "memory");
-}
-template <int Pending> __device__ __forceinline__ void wait_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
-}
-
 __device__ __forceinline__ uint4 load_shared(u32 from) {
   uint4 v;
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -35,31 +25,6 @@ template <int Threads> __device__ __forceinline__ void sync_group(int id) {
     __syncwarp();
   else
     asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(Threads) : "memory");
-}
-
-// acc[16 x 8] += a[16 x 16] b[16 x 8] (PTX mma.m16n8k16). Lane 4 g + t passes, of rows g and g + 8
-// of a and of column g of b, two registers of two neighbouring k each. Which k those are is free
-// so long as a and b agree, so a lane passes k that stand side by side in memory.
-template <typename T>
-__device__ __forceinline__ void multiply(float (&acc)[4], u32 low0, u32 high0, u32 low1, u32 high1,
-                                         u32 b0, u32 b1);
-template <>
-__device__ __forceinline__ void multiply<__nv_bfloat16>(float (&acc)[4], u32 low0, u32 high0,
-                                                        u32 low1, u32 high1, u32 b0, u32 b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-      "{%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
-      : "r"(low0), "r"(high0), "r"(low1), "r"(high1), "r"(b0), "r"(b1));
-}
-template <>
-__device__ __forceinline__ void multiply<__half>(float (&acc)[4], u32 low0, u32 high0, u32 low1,
-                                                 u32 high1, u32 b0, u32 b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-      "{%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
-      : "r"(low0), "r"(high0), "r"(low1), "r"(high1), "r"(b0), "r"(b1));
 }
 
 template <typename T> struct Pair;

@@ -1,8 +1,8 @@
 // The tensor copy engine of sm_90: boxes of a matrix to swizzled shared memory, each completing on
-// an mbarrier. Barriers keep their default scope: a wait that acquires at the scope of the cluster
-// throws away L1, and did cost half of the bandwidth.
+// an mbarrier. A wait on it must keep its default scope (async_copy.cuh): one that acquires at
+// the scope of the cluster throws away L1, and did cost half of the bandwidth.
 #pragma once
-#include "linear_tile.cuh"
+#include "async_copy.cuh"
 
 // A CUtensorMap, passed by value (__grid_constant__).
 struct alignas(64) TensorMap {
@@ -10,29 +10,6 @@ struct alignas(64) TensorMap {
 };
 
 #if __CUDA_ARCH__ >= 900
-__device__ __forceinline__ void barrier_init(u32 barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-__device__ __forceinline__ void barrier_init_fence() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-// One arrival, and the bytes whose copies end this phase.
-__device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
-               : "memory");
-}
-__device__ __forceinline__ void barrier_arrive(u32 barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
-  asm volatile(
-      "{\n.reg .pred done;\n"
-      "retry:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra retry;\n}\n" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
-}
 // The box at (column, row); what lies outside the matrix becomes zero. The data is not read again.
 __device__ __forceinline__ void copy_box_once(u32 to, const TensorMap& map, int column, int row,
                                               u32 barrier) {

@@ -1,7 +1,7 @@
 // The warpgroup matrix instruction of sm_90a for 64 rows of A and 16, 32 or 64 of B, both with
 // neighbouring k side by side in swizzled shared memory (PTX ISA, wgmma.mma_async).
 #pragma once
-#include "linear_tile.cuh"
+#include "common.cuh"
 
 // The matrix descriptor of rows of 64 k (128 bytes, in the 128-byte swizzle) at `address`: eight
 // rows are one pattern, 1 KiB. 16 k further on is 32 bytes further on.

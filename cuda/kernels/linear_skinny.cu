@@ -5,6 +5,7 @@
 // warps take turns at pieces of k, each with its own ring of asynchronous copies, so that with
 // WARPS_N = 1 nothing but the end of a tile makes warps wait for each other. W's rows fill the
 // M side of the matrix instruction and x's rows its N side: one instruction serves 8 rows of x.
+// Which k a lane passes is free so long as both agree, so it passes 8 that stand side by side.
 // Partial sums meet in shared memory and are added in a fixed order: same input, same bits.
 //
 // The first stages of W are asked for before the kernel before this one has ended.
@@ -103,7 +104,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
   wait_for_previous();
   for (int s = 0; s < STAGES - 1; ++s) {
     if (s < tiles * steps) copy_x(s, s % steps);
-    commit_copies();
+    cp_async_commit();
   }
 
   int slot = 0;
@@ -111,7 +112,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     float acc[SUMS][MTILES][NTILES][4] = {};
     float square[NTILES] = {};
     for (int step = 0; step < steps; ++step) {
-      wait_copies<STAGES - 2>();
+      cp_async_wait<STAGES - 2>();
       sync_group<GROUP>(1 + group);
       if (ahead_tile < tiles) {
         const int free = slot == 0 ? STAGES - 1 : slot - 1;
@@ -119,7 +120,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
         copy_x(free, ahead_step);
         advance();
       }
-      commit_copies();
+      cp_async_commit();
 
       const u32 stage = ring + slot * STAGE;
 #pragma unroll
@@ -143,10 +144,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
           }
 #pragma unroll
           for (int a = 0; a < MTILES; ++a) {
-            multiply<SCALAR>(acc[0][a][b], rows[a][0].x, rows[a][1].x, rows[a][0].y, rows[a][1].y,
-                             column.x, column.y);
-            multiply<SCALAR>(acc[SUMS - 1][a][b], rows[a][0].z, rows[a][1].z, rows[a][0].w,
-                             rows[a][1].w, column.z, column.w);
+            const uint4 low = rows[a][0], high = rows[a][1];
+            mma_16x8x16<SCALAR>(acc[0][a][b], {low.x, high.x, low.y, high.y}, {column.x, column.y});
+            mma_16x8x16<SCALAR>(acc[SUMS - 1][a][b], {low.z, high.z, low.w, high.w},
+                                {column.z, column.w});
           }
         }
       }
