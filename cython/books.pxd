@@ -92,7 +92,7 @@ cdef struct Books:
     int32_t num_swap_out
     int32_t* swap_in
     int32_t num_swap_in
-    int32_t capacity            # of ended and finished; at least num_live
+    int32_t capacity            # of ended and finished; at least num_live + num_ended
     int64_t stalled             # Pool.num_returned when admission failed; -1: it may succeed
     double earliest             # no deadline of the queue is before this
     int64_t num_planned

@@ -114,7 +114,7 @@ cdef void books_free(Books* books) noexcept nogil:
 
 
 cdef int books_reserve(Books* books, int32_t capacity) noexcept nogil:
-    """Room to report the end of so many sequences. -1 when memory ran out."""
+    """Room to note the end of so many sequences. -1 when memory ran out."""
     cdef void* grown
     if capacity <= books.capacity:
         return 0

@@ -9,8 +9,9 @@ arrivals; what they leave goes to the giants.
 from libc.math cimport INFINITY
 
 from zllm.native.admission cimport admit_waiting
+from zllm.native.arena cimport F_SAMPLE
 from zllm.native.block_pool cimport pool_available
-from zllm.native.books cimport end_sequence
+from zllm.native.books cimport end_sequence, queue_forks
 from zllm.native.preemption cimport (
     coming_blocks,
     fills_pool_alone,
@@ -60,7 +61,17 @@ cdef Step* plan_step(Books* books, double now) noexcept nogil:
         books.free_host[books.num_free_host] = books.leaving_host[books.num_leaving_host]
         books.num_free_host += 1
     books.num_planned += 1
+    if books.num_forks:
+        queue_ready_forks(books, step)
     return step
+
+
+cdef void queue_ready_forks(Books* books, const Step* step) noexcept nogil:
+    """Queue the forks whose prompt this step completes."""
+    cdef int32_t r
+    for r in range(step.num_rows):
+        if step.seqs[r].index == 0 and step.flags[r] & F_SAMPLE:
+            queue_forks(books, step.seqs[r].request)
 
 
 cdef inline int32_t tokens_left(const Books* books, const Step* step) noexcept nogil:

@@ -84,7 +84,6 @@ cdef inline void cache_blocks(Books* books, Sequence* seq, int32_t written) noex
     """Put the blocks that are full now into the tree. Where another sequence has cached the
     same tokens meanwhile, its block takes the place of ours in the table."""
     cdef int32_t i, parent, block, node
-    cdef Step* newest
     while (seq.num_cached + 1) * BLOCK_SIZE <= written:
         i = seq.num_cached
         parent = seq.blocks[i - 1] if i else 0
@@ -92,14 +91,24 @@ cdef inline void cache_blocks(Books* books, Sequence* seq, int32_t written) noex
         node = tree_insert(&books.tree, seq.request.salt, parent, block,
                            seq.tokens + i * BLOCK_SIZE)
         if node != block:
+            if not let_go(books, seq, block):
+                return  # the next commit goes on
             pool_reference(&books.pool, node)
             seq.blocks[i] = node
             seq.num_sent = min(seq.num_sent, i)
             books.counters.folded_blocks += 1
-            if seq.in_flight:  # a step in flight still reads it
-                newest = step_of(books, books.num_planned - 1)
-                newest.held[newest.num_held] = block
-                newest.num_held += 1
-            else:
-                pool_release(&books.pool, block)
         seq.num_cached += 1
+
+
+cdef bint let_go(Books* books, const Sequence* seq, int32_t block) noexcept nogil:
+    """Release a sequence's duplicate once no step in flight reads it; False: no room to note
+    that."""
+    cdef Step* newest = step_of(books, books.num_planned - 1)
+    if seq.in_flight == 0:
+        pool_release(&books.pool, block)
+        return True
+    if newest.num_held == books.limits.max_held:
+        return False
+    newest.held[newest.num_held] = block
+    newest.num_held += 1
+    return True

@@ -3,7 +3,7 @@
 
 from zllm.native.arena cimport F_SAMPLE, F_TOKEN_ON_DEVICE
 from zllm.native.block_pool cimport BLOCK_SIZE
-from zllm.native.books cimport queue_forks, step_of
+from zllm.native.books cimport step_of
 from zllm.native.radix_tree cimport tree_take
 from zllm.native.sequence cimport blocks_for
 
@@ -50,8 +50,6 @@ cdef void add_row(Books* books, Step* step, Sequence* seq, int32_t q_len) noexce
         flags |= F_SAMPLE
         seq.pending += 1
         step.num_sampled += 1
-        if books.num_forks and seq.index == 0:
-            queue_forks(books, seq.request)
     step.flags[row] = flags
     step.num_rows += 1
     step.num_tokens += q_len

@@ -154,7 +154,7 @@ cdef class Scheduler:
         limits.max_num_seqs = min(max_num_seqs, max_num_batched_tokens)
         limits.max_num_batched_tokens = max_num_batched_tokens
         limits.max_model_len = max_model_len
-        limits.max_updates = (2 * max_blocks + 2 * limits.max_num_seqs
+        limits.max_updates = (4 * max_blocks + 32 * limits.max_num_seqs
                               + blocks_for(max_num_batched_tokens))
         limits.max_copies = limits.max_num_seqs
         limits.max_swaps = 2 * max_blocks if num_host_blocks > 0 else 0
@@ -169,7 +169,7 @@ cdef class Scheduler:
         self.arena_words = arena_words(&limits)
         self.max_queued_requests = max_queued_requests
         self.max_queued_tokens = max_queued_tokens
-        self._reserve(2 * limits.max_num_seqs)
+        self._reserve(limits.max_num_seqs)
         self.started = <Started*> malloc(limits.max_num_seqs * sizeof(Started))
         if self.started == NULL:
             raise MemoryError(f"no memory for {limits.max_num_seqs} sequences")
@@ -183,10 +183,11 @@ cdef class Scheduler:
         free(self.found.rows)
         free(self.started)
 
-    cdef int _reserve(self, Py_ssize_t num_live) except -1:
-        """Room to report that every live sequence ends, and a step's tokens."""
-        cdef Py_ssize_t n = self.books.limits.max_num_seqs + 2 * num_live
-        if books_reserve(&self.books, <int32_t> num_live) < 0:
+    cdef int _reserve(self, Py_ssize_t arriving) except -1:
+        """Room to report that every sequence ends, and the tokens of a step."""
+        cdef Py_ssize_t ends = self.books.num_live + self.books.num_ended + arriving
+        cdef Py_ssize_t n = self.books.limits.max_num_seqs + ends
+        if books_reserve(&self.books, <int32_t> ends) < 0:
             raise MemoryError("no memory for one more sequence")
         if n <= self.found_capacity:
             return 0
@@ -237,7 +238,7 @@ cdef class Scheduler:
         require_valid(&self.books, tokens.shape[0], max_tokens, min_tokens, len(end_ids),
                       num_sequences)
         self._require_room(tokens.shape[0])
-        self._reserve(self.books.num_live + num_sequences)
+        self._reserve(num_sequences)
         tenant_number = tenant_index(&self.books, self.tenants, tenant)
         request = new_request(&self.books, tokens, max_tokens, min_tokens, end_ids, num_sequences)
         request.id = request_id
@@ -271,7 +272,7 @@ cdef class Scheduler:
         source = request.members[index] if 0 <= index < request.num_indices else NULL
         if source == NULL or source.finish or source.num_tokens <= request.prompt_len:
             raise InvalidRequest("index", f"sequence {index} has no sampled token, or has ended")
-        self._reserve(self.books.num_live + 1)
+        self._reserve(1)
         seq = sequence_new(request)
         if seq == NULL:
             raise MemoryError(f"no memory for a sequence of {request.max_len} tokens")

@@ -291,6 +291,16 @@ def test_abort_at_every_point_of_the_overlap() -> None:
         assert driver.scheduler.stats()["blocks_free"] == 63
 
 
+def test_many_ends_between_two_polls_are_all_reported() -> None:
+    driver = Driver(make_scheduler(), check=False)
+    for request_id in range(1000):
+        driver.add(request_id, prompt_of(3))
+        assert driver.scheduler.abort(request_id)
+    driver.poll()
+    assert [driver.results[i, 0].finish for i in range(1000)] == [ABORTED] * 1000
+    assert not driver.scheduler.has_work()
+
+
 def test_timeouts() -> None:
     driver = Driver(make_scheduler(max_num_seqs=1))
     driver.add(1, prompt_of(10), max_tokens=100, eos_token_ids=(), time_limit=20.0)

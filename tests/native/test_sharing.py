@@ -43,6 +43,22 @@ def test_forks_share_the_prompts_blocks_and_copy_the_one_they_write_to() -> None
     driver.run()
 
 
+def test_many_forks_of_equal_prompts_fold_into_one_set_of_blocks() -> None:
+    """More duplicates at once than a step can note; the rest is folded later."""
+    scheduler = make_scheduler(
+        num_blocks=300, max_num_seqs=40, max_num_batched_tokens=2048, max_model_len=1024
+    )
+    driver = Driver(scheduler, max_num_seqs=40, num_blocks=300)
+    prompt = prompt_of(640)
+    for request_id in range(2):
+        driver.add(request_id, prompt, num_sequences=16, max_tokens=9, eos_token_ids=())
+    driver.run()
+    for (_, index), result in driver.results.items():
+        assert result.tokens == answer(prompt, 9, index, max_model_len=1024, eos=())
+    assert scheduler.stats()["folded_blocks"] == 40 + 15 * 39 + 30
+    assert scheduler.stats()["blocks_cached"] == 40
+
+
 def test_forks_differ_in_their_seeds() -> None:
     driver = Driver(make_scheduler())
     driver.add(1, prompt_of(9), num_sequences=3, seed=77, temperature=1.0, max_tokens=3)
