@@ -95,13 +95,16 @@ PREFILLS = [
     Shape("prefill 8 x 1024, 16/8 heads", ((1024, 0, 8),), heads=16),
     Shape("prefill 2 x 4096 after 4096", ((4096, 4096, 2),)),
     Shape("prefill 512 after 16384", ((512, 16384, 1),)),
+    Shape("prefill 100 after 8192", ((100, 8192, 1),), layers=16),
+    Shape("prefill 64 after 32768 + 32 decodes", ((1, 4095, 32), (64, 32768, 1))),
+    Shape("prefill 1 x 4096, heads of 256", ((4096, 0, 1),), 8, 4, 256),
     Shape("prefill 1 x 4096, heads of 64", ((4096, 0, 1),), head_dim=64),
     Shape("prefill 1 x 4096 fp8", ((4096, 0, 1),), kv_dtype=FP8),
 ]
 
 
-def median_seconds(run: Callable[[], object], repeats: int = 11) -> float:
-    for _ in range(20):  # the clocks settle after what ran before
+def median_seconds(run: Callable[[], object], repeats: int = 11, warm_ups: int = 20) -> float:
+    for _ in range(warm_ups):  # the clocks settle after what ran before
         run()
     times = []
     for _ in range(repeats):
@@ -131,7 +134,7 @@ def copy_rate() -> float:
 
 def product_rate() -> float:
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=BF16) for _ in range(2))
-    return float(2 * 8192**3 / median_seconds(lambda: a @ b))
+    return float(2 * 8192**3 / median_seconds(lambda: a @ b, warm_ups=3))
 
 
 def random_pool(num: int, dtype: torch.dtype) -> Tensor:

@@ -13,105 +13,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zllm.cuda.compiler import Program
+from zllm.cuda.attention_spec import (
+    BLOCK_TOKENS,
+    DECODE_WARPS,
+    TILE_WARPS,
+    AttentionSpec,
+    decode_config,
+    prefill_config,
+    programs,
+)
 from zllm.cuda.launcher import KernelLibrary
 from zllm.errors import KernelError
 
-BLOCK_TOKENS = 16
-HEAD_DIMS = (64, 96, 128, 256)
-MAX_GROUP = 16
+__all__ = ["AttentionSpec", "AttentionWork", "PagedAttention", "programs"]
+
 MAX_ROWS = 4096
 """Rows of a step at most: the plan holds their prefix sums in shared memory."""
 
-_SCALARS = {torch.bfloat16: "__nv_bfloat16", torch.float16: "__half", torch.float32: "float"}
-_DECODE_WARPS = 4
-_MAX_STAGES = 3
 _MIN_SHARE = 8
 """Blocks of KV that a thread block takes at least: fewer would only be merged again."""
 _SHARE_WORDS, _ROW_WORDS, _TILE_WORDS = 8, 4, 8
-
-
-@dataclass(frozen=True)
-class AttentionSpec:
-    """What the kernels are compiled for."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    dtype: torch.dtype
-    """Queries and output: bfloat16, float16 or float32."""
-    kv_dtype: torch.dtype
-    """The cache: `dtype`, or float8_e4m3fn beside a 16-bit dtype."""
-
-    def __post_init__(self) -> None:
-        if self.head_dim not in HEAD_DIMS:
-            raise KernelError(f"head_dim is {self.head_dim}: attention knows {HEAD_DIMS}")
-        if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
-            raise KernelError(
-                f"num_heads is {self.num_heads} with {self.num_kv_heads} KV heads: "
-                "it must be a multiple of them"
-            )
-        if not 1 <= self.group <= MAX_GROUP:
-            raise KernelError(
-                f"num_heads is {self.num_heads} with {self.num_kv_heads} KV heads: "
-                f"at most {MAX_GROUP} query heads may share one"
-            )
-        if self.dtype not in _SCALARS:
-            raise KernelError(f"dtype is {self.dtype}: attention knows {[*_SCALARS]}")
-        if self.fp8:
-            if self.dtype == torch.float32 or self.head_dim % 64:
-                raise KernelError(
-                    f"kv_dtype is {self.kv_dtype} with dtype {self.dtype} and head_dim "
-                    f"{self.head_dim}: it needs a 16-bit dtype and a multiple of 64"
-                )
-        elif self.kv_dtype != self.dtype:
-            raise KernelError(
-                f"kv_dtype is {self.kv_dtype}: with dtype {self.dtype} it may be that or "
-                "torch.float8_e4m3fn"
-            )
-
-    @property
-    def group(self) -> int:
-        """Query heads of one KV head."""
-        return self.num_heads // self.num_kv_heads
-
-    @property
-    def fp8(self) -> bool:
-        return self.kv_dtype == torch.float8_e4m3fn
-
-    @property
-    def run_bytes(self) -> int:
-        """Bytes of one head's keys in one block."""
-        return BLOCK_TOKENS * self.head_dim * self.kv_dtype.itemsize
-
-    def defines(self, **more: int) -> dict[str, str | int]:
-        return {
-            "SCALAR": _SCALARS[self.dtype],
-            "HEAD_DIM": self.head_dim,
-            "GROUP": self.group,
-            "KV_FP8": int(self.fp8),
-            **more,
-        }
-
-
-@dataclass(frozen=True)
-class _Prefill:
-    """One of the prefill kernels and how it is launched."""
-
-    source: str
-    tile_rows: int
-    threads: int
-    blocks_per_sm: int
-    shared_bytes: int
-
-
-@dataclass(frozen=True)
-class _DecodeConfig:
-    """How the decode kernel fills a multiprocessor."""
-
-    blocks_per_sm: int
-    stages: int
-    shared_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +45,8 @@ class AttentionWork:
     num_tokens: int
     max_tiles: int
     """Tiles of prefill rows at most; 0: every row has one token."""
+    split: bool
+    """Whether tiles may be shared out along their keys."""
 
 
 class PagedAttention:
@@ -151,8 +74,9 @@ class PagedAttention:
         self._pdl = library.pdl and not portable
         arch = library.compiler.arch
         self._config = decode_config(spec, arch)
-        self._prefill = _prefill_kernel(spec, arch, portable)
+        self._prefill = prefill_config(spec, arch, portable)
         self._max_rows, self._max_tokens = max_rows, max_tokens
+        self._tile_parts = 2 * library.num_sms // spec.num_kv_heads + 1
         self._num_shares = library.num_sms * self._config.blocks_per_sm
         self._plan = library.get("attention_plan.cu", "attention_plan")
         self._kernels = [
@@ -166,13 +90,20 @@ class PagedAttention:
 
         self._shares = words(self._num_shares, _SHARE_WORDS)
         self._decode_rows = words(max_rows, _ROW_WORDS)
-        self._tiles = words(self._tile_limit(max_rows, max_tokens), _TILE_WORDS)
+        self._tiles = words(self._tile_limit(max_rows, max_tokens, True), _TILE_WORDS)
         self._arrivals = words(self._num_shares)
+        # A step's tiles have at most 1.5 parts a multiprocessor: see attention_plan.cu.
+        parts = 2 * library.num_sms if self._prefill.partial_floats else 0
+        self._tile_arrivals = words(parts, TILE_WARPS)
+        self._tile_partials = torch.zeros(
+            parts, self._prefill.partial_floats, dtype=torch.float32, device=device
+        )
         partial_floats = 2 * self._num_shares * spec.group * (spec.head_dim + 2)
         self._partials = torch.zeros(partial_floats, dtype=torch.float32, device=device)
 
-    def _tile_limit(self, rows: int, tokens: int) -> int:
-        return tokens * self.spec.group // self._prefill.tile_rows + min(rows, tokens // 2 + 1)
+    def _tile_limit(self, rows: int, tokens: int, split: bool) -> int:
+        whole = tokens * self.spec.group // self._prefill.tile_rows + min(rows, tokens // 2 + 1)
+        return whole + (self._tile_parts if split else 0)
 
     def plan(
         self,
@@ -200,8 +131,10 @@ class PagedAttention:
             raise KernelError(f"rows: {rows.numel()} rows, planned for {self._max_rows} at most")
         if num_tokens > self._max_tokens:
             raise KernelError(f"num_tokens is {num_tokens}: planned for {self._max_tokens} at most")
-        max_tiles = 0 if decode_only else self._tile_limit(rows.numel(), num_tokens)
-        work = AttentionWork(rows, q_start, kv_len, num_tokens, max_tiles)
+        num_sms = self._library.num_sms
+        split = self._prefill.splits(num_tokens, self.spec.num_heads, num_sms)
+        max_tiles = 0 if decode_only else self._tile_limit(rows.numel(), num_tokens, split)
+        work = AttentionWork(rows, q_start, kv_len, num_tokens, max_tiles, split)
         if self.spec.dtype != torch.float32:
             self._plan.launch(
                 (1, 1, 1),
@@ -219,6 +152,8 @@ class PagedAttention:
                     self.spec.num_kv_heads,
                     self.spec.group,
                     self._prefill.tile_rows,
+                    self._prefill.tile_keys,
+                    num_sms if split else 0,
                     _MIN_SHARE,
                 ),
                 pdl=self._pdl,
@@ -265,11 +200,11 @@ class PagedAttention:
             self._run_float(q, out, keys, values, block_table, work, stride, scale)
             return out
 
-        decode, prefill = self._kernels
+        decode, *prefills = self._kernels
         ends = (spec.num_kv_heads, stride * keys.itemsize, block_table.stride(0), scale)
         decode.launch(
             (self._num_shares, 1, 1),
-            (_DECODE_WARPS * 32, 1, 1),
+            (DECODE_WARPS * 32, 1, 1),
             (
                 q,
                 out,
@@ -290,11 +225,12 @@ class PagedAttention:
         if work.max_tiles:
             how = self._prefill
             tiles = (q, out, keys, values, block_table, self._tiles, k_scale, v_scale)
+            merge = (self._tile_partials, self._tile_arrivals) if how.partial_floats else ()
             most = self._library.num_sms * how.blocks_per_sm
-            prefill.launch(
+            prefills[work.split].launch(
                 (min(work.max_tiles * spec.num_kv_heads, most), 1, 1),
                 (how.threads, 1, 1),
-                (*tiles, work.max_tiles, *ends),
+                (*tiles, work.max_tiles, *ends, *merge),
                 shared_bytes=how.shared_bytes,
                 pdl=self._pdl,
             )
@@ -356,59 +292,6 @@ class PagedAttention:
                 "below 2 GiB"
             )
         return stride
-
-
-def programs(spec: AttentionSpec, arch: str, portable: bool = False) -> list[Program]:
-    """What PagedAttention needs compiled: the plan, then decode and prefill (float32: one)."""
-    plan = Program("attention_plan.cu")
-    if spec.dtype == torch.float32:
-        defines = {"HEAD_DIM": spec.head_dim, "GROUP": spec.group}
-        return [plan, Program("attention_float.cu", defines)]
-    config = decode_config(spec, arch)
-    decode = spec.defines(STAGES=config.stages, MIN_BLOCKS_PER_SM=config.blocks_per_sm)
-    if portable:
-        decode["FORCE_CP_ASYNC"] = 1
-    return [
-        plan,
-        Program("attention_decode.cu", decode),
-        Program(_prefill_kernel(spec, arch, portable).source, spec.defines()),
-    ]
-
-
-def decode_config(spec: AttentionSpec, arch: str) -> _DecodeConfig:
-    """Thread blocks on a multiprocessor and stages of their warps' rings.
-
-    More than 128 KiB under way only makes the memory's queues longer, and small heads want more
-    warps (docs/decisions/050); what the shared memory does not hold goes down to one thread block.
-    """
-    # CUDA C++ Programming Guide, "Technical Specifications per Compute Capability": KiB of shared
-    # memory a multiprocessor, of which each thread block costs one more.
-    sm_kib = {"80": 164, "90": 228}.get(arch[3:5], 100)
-    merge_bytes = _DECODE_WARPS * spec.group * ((spec.head_dim + 4) * 4 + 8) + 16
-    stage_bytes = _DECODE_WARPS * (2 * spec.run_bytes + 8)
-    for blocks_per_sm in (4, 2, 1) if spec.head_dim <= 64 else (2, 1):
-        room = sm_kib * 1024 // blocks_per_sm - 1024 - merge_bytes
-        useful = 128 * 1024 // (blocks_per_sm * _DECODE_WARPS * 2 * spec.run_bytes)
-        stages = min(room // stage_bytes, _MAX_STAGES, useful if blocks_per_sm > 1 else _MAX_STAGES)
-        if stages >= (2 if blocks_per_sm > 1 else 1):
-            return _DecodeConfig(blocks_per_sm, stages, stages * stage_bytes + merge_bytes)
-    raise KernelError(
-        f"num_heads is {spec.num_heads} with {spec.num_kv_heads} KV heads of {spec.head_dim}: "
-        f"more than the shared memory of {arch} holds"
-    )
-
-
-def _prefill_kernel(spec: AttentionSpec, arch: str, portable: bool) -> _Prefill:
-    """wgmma on Hopper, where the cache's columns are all of 128 bytes and 16-bit; else mma.sync."""
-    dim = spec.head_dim
-    if arch == "sm_90a" and not portable and not spec.fp8 and dim in (64, 128, 256):
-        tile_keys, buffers = (64, 1) if dim > 128 else (128, 3)
-        stages = 2
-        shared = (buffers * 128 + 2 * stages * tile_keys) * dim * 2 + (4 * stages + 2 * buffers) * 8
-        return _Prefill("attention_prefill_wgmma.cu", 128, 384, 1, shared)
-    stage_blocks = 2 if dim > 128 else 4
-    shared = 64 * dim * 2 + 2 * 2 * stage_blocks * spec.run_bytes
-    return _Prefill("attention_prefill_mma.cu", 64, 128, 2, shared)
 
 
 def _check_kind(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> None:

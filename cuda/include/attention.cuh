@@ -42,5 +42,18 @@ struct alignas(16) PrefillTile {
   int table_row;
   int tile;
   int count;      // of the list
-  int unused[2];
+  int part;       // which of `parts` equal pieces of the tile's keys
+  short parts;
+  short slot;     // the first of the slots that the parts of a tile share for a KV head
 };
+
+// Counts an arrival and returns how many came before: what they wrote can be read (with __ldcg),
+// what this thread could see can be read by those that come after.
+__device__ __forceinline__ int arrive(int* counter) {
+  int before;
+  asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;"
+               : "=r"(before)
+               : "l"(counter)
+               : "memory");
+  return before;
+}

@@ -90,12 +90,20 @@ class Items {
   // The tile after the current one; no queries: there is none.
   __device__ const PrefillTile& ahead() const { return ahead_; }
   __device__ int sequence_keys() const { return tile.cached + tile.queries; }
-  __device__ int key_tiles() const {
-    const int last = (tile.tile * kTileRows + kTileRows + GROUP - 1) / GROUP;
-    return (tile.cached + min(tile.queries, last) + kTileKeys - 1) / kTileKeys;
+  // The tiles of keys of an item: from first() up to end().
+  __device__ int first() const { return first_of(tile); }
+  __device__ int end() const {
+    return SPLIT_KEYS ? key_tiles(tile) * (tile.part + 1) / tile.parts : key_tiles(tile);
+  }
+  __device__ static int first_of(const PrefillTile& t) {
+    return SPLIT_KEYS ? key_tiles(t) * t.part / t.parts : 0;
   }
 
  private:
+  __device__ static int key_tiles(const PrefillTile& t) {
+    const int last = (t.tile * kTileRows + kTileRows + GROUP - 1) / GROUP;
+    return (t.cached + min(t.queries, last) + kTileKeys - 1) / kTileKeys;
+  }
   __device__ int item_of(int turn) const {
     const int round = turn & 1 ? rounds_ - 1 - turn / 2 : turn / 2;
     return round * gridDim.x + (round & 1 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
@@ -124,18 +132,18 @@ __device__ __forceinline__ void produce_blocks(Items items, u32 stages, u32 full
 #pragma unroll 1
   for (bool first = true; items.next(); first = false) {
     const int blocks = (items.sequence_keys() + kBlockTokens - 1) / kBlockTokens;
-    const int key_tiles = items.key_tiles();
+    const int end = items.end();
     const u8* head = cache + items.head * kRunBytes;
-    if (first) id = block_of(items.tile, local);
+    if (first) id = block_of(items.tile, items.first() * kTileBlocks + local);
 #pragma unroll 1
-    for (int j = 0; j < key_tiles; ++j) {
+    for (int j = items.first(); j < end; ++j) {
       const int here = min(kTileBlocks, blocks - j * kTileBlocks);
       const u8* from = head + id * block_bytes;
       // The entries of the tile to come, be it another item's first, arrive behind this one.
-      if (j + 1 < key_tiles)
+      if (j + 1 < end)
         id = block_of(items.tile, (j + 1) * kTileBlocks + local);
       else if (items.ahead().queries != 0)
-        id = block_of(items.ahead(), local);
+        id = block_of(items.ahead(), Items::first_of(items.ahead()) * kTileBlocks + local);
       const u32 barrier = full + stage.index * 8;
       barrier_wait(empty + stage.index * 8, stage.parity);
       if (lane == 0) barrier_expect(barrier, here * kRunBytes);

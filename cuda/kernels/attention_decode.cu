@@ -352,6 +352,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS_PER_SM)
   BlockRing<kWarps, STAGES, kRunBytes> ring(shared_address(memory));
   Shared& shared = *reinterpret_cast<Shared*>(memory + kRingBytes);
 
+  let_next_start();
   wait_for_previous();
   const DecodeShare share = shares[blockIdx.x];
   if (share.blocks == 0) return;
@@ -417,11 +418,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS_PER_SM)
 
     if (parts > 1) {
       __syncthreads();
-      if (threadIdx.x == 0) {
-        __threadfence();
-        shared.last = atomicAdd(arrivals + first, 1) == parts - 1;
-        __threadfence();
-      }
+      if (threadIdx.x == 0) shared.last = arrive(arrivals + first) == parts - 1;
       __syncthreads();
       if (shared.last) {
         if (threadIdx.x == 0) arrivals[first] = 0;
@@ -429,25 +426,23 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS_PER_SM)
           const int head = i / (HEAD_DIM / 4), d = i % (HEAD_DIM / 4) * 4;
           // The pair begins in `first`, in its second slot, and goes on in the first ones.
           const auto slot_of = [&](int part) { return 2 * (first + part) + (part == 0); };
-          float top = -CUDART_INF_F, total = 0.f;
-#pragma unroll 8
-          for (int part = 0; part < parts; ++part)
-            top = fmaxf(top, __ldcg(&partial_sums[slot_of(part) * GROUP + head].max));
+          Partial all = {-CUDART_INF_F, 0.f};
           float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll 8
           for (int part = 0; part < parts; ++part) {
             const i64 at = static_cast<i64>(slot_of(part)) * GROUP + head;
             const float2 one = __ldcg(reinterpret_cast<const float2*>(partial_sums + at));
-            const float factor = exp2_fast(one.x - top);
-            total += factor * one.y;
-            add_scaled(sum, factor,
-                       __ldcg(reinterpret_cast<const float4*>(partials + at * HEAD_DIM + d)));
+            const float4 x = __ldcg(reinterpret_cast<const float4*>(partials + at * HEAD_DIM + d));
+            const float top = fmaxf(all.max, one.x);
+            const float before = exp2_fast(all.max - top), now = exp2_fast(one.x - top);
+            all = {top, before * all.sum + now * one.y};
+            sum = make_float4(before * sum.x, before * sum.y, before * sum.z, before * sum.w);
+            add_scaled(sum, now, x);
           }
-          store_out(out + target, head, d, sum, out_scale / total);
+          store_out(out + target, head, d, sum, out_scale / all.sum);
         }
       }
     }
     __syncthreads();  // before the next pair's results take the shared memory
   } while (walk.advance(rows, num_kv_heads));
-  let_next_start();
 }

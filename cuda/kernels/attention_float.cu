@@ -21,6 +21,7 @@ extern "C" __global__ void __launch_bounds__(kWarps * 32)
                     const int* kv_len, int num_rows, int num_kv_heads, int block_stride,
                     int table_stride, float scale) {
   __shared__ float query[kWarps][HEAD_DIM];
+  let_next_start();
   wait_for_previous();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int token = blockIdx.x, head = blockIdx.y * kWarps + warp;

@@ -2,7 +2,8 @@
 //
 // Decode rows (one query token) are cut into equal shares of KV blocks, whatever the rows' lengths.
 // Rows with more tokens are cut into tiles of query rows, the longest first, so that thread blocks
-// that take them in turn end together. Padding rows (no token) appear in neither list.
+// that take them in turn end together; a tile with far more keys than a thread block's even share
+// (a short chunk behind a long prefix) is cut along its keys too. Padding rows (no token) appear in neither list.
 #define GROUP 1
 #define HEAD_DIM 64
 #define KV_FP8 0
@@ -12,6 +13,7 @@
 constexpr int kThreads = 1024;
 constexpr int kMaxRows = 4096;
 constexpr int kBins = kThreads;
+constexpr int kMinKeyTiles = 8;  // of a part of a tile: fewer would only be merged again
 
 struct Counts {
   int decodes, blocks, tiles;
@@ -63,22 +65,28 @@ __device__ __forceinline__ int find(const int* prefix, int count, i64 value, int
 __device__ __forceinline__ int cdiv(int a, int b) { return (a + b - 1) / b; }
 
 // Keys that the last token of a tile sees.
-__device__ __forceinline__ int tile_keys(int queries, int cached, int tile, int tile_rows,
-                                         int group) {
-  return cached + min(queries, cdiv((tile + 1) * tile_rows, group));
+__device__ __forceinline__ int tile_keys_seen(const PrefillTile& t, int tile_rows, int group) {
+  return t.cached + min(t.queries, cdiv((t.tile + 1) * tile_rows, group));
 }
 
+// `tile_keys`: keys that the prefill kernel takes at a time; `num_blocks`: its thread blocks, 0 if
+// it cannot merge parts of a tile.
 extern "C" __global__ void __launch_bounds__(kThreads)
     attention_plan(const int* rows, const int* q_start, const int* kv_len, DecodeShare* shares,
                    DecodeRow* decode_rows, PrefillTile* tiles, int num_rows, int num_shares,
-                   int max_tiles, int num_kv_heads, int group, int tile_rows, int min_share) {
+                   int max_tiles, int num_kv_heads, int group, int tile_rows, int tile_keys,
+                   int num_blocks, int min_share) {
   __shared__ int block_prefix[kMaxRows];
   __shared__ int tile_prefix[kMaxRows];
   __shared__ int bins[kBins];
-  __shared__ int max_keys;
+  __shared__ int max_keys, all_tiles, slots;
   const int thread = threadIdx.x;
-  if (thread == 0) max_keys = 1;
+  if (thread == 0) {
+    max_keys = 1;
+    all_tiles = slots = 0;
+  }
   bins[thread] = 0;
+  let_next_start();
   wait_for_previous();
   __syncthreads();
 
@@ -130,22 +138,42 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   }
 
   // Counting sort by falling cost; the order within a bin does not matter.
-  const int count = min(sum.tiles, max_tiles);
+  const auto tile_of = [&](int i) {
+    const int r = find(tile_prefix, num_rows, i, 1);
+    const int begin = q_start[r];
+    return PrefillTile{begin, q_start[r + 1] - begin, kv_len[r], rows[r], i - tile_prefix[r]};
+  };
+  const auto key_tiles = [&](const PrefillTile& t) {
+    return cdiv(tile_keys_seen(t, tile_rows, group), tile_keys);
+  };
+  for (int i = thread; i < sum.tiles; i += kThreads) atomicAdd(&all_tiles, key_tiles(tile_of(i)));
+  __syncthreads();
+  const i64 all = static_cast<i64>(all_tiles) * num_kv_heads;
+  const int even = num_blocks ? max(kMinKeyTiles, static_cast<int>((all + num_blocks - 1) / num_blocks))
+                              : 1 << 29;
+  const int most = cdiv(max_keys, tile_keys);
+  int count = 0;
   for (int pass = 0; pass < 2; ++pass) {
-    for (int i = thread; i < count; i += kThreads) {
-      const int r = find(tile_prefix, num_rows, i, 1);
-      const int begin = q_start[r], queries = q_start[r + 1] - begin, cached = kv_len[r];
-      const int tile = i - tile_prefix[r];
-      const int keys = tile_keys(queries, cached, tile, tile_rows, group);
-      const int bin = static_cast<int>(static_cast<i64>(max_keys - keys) * (kBins - 1) / max_keys);
-      const int place = atomicAdd(bins + bin, 1);
-      if (pass == 1) tiles[place] = {begin, queries, cached, rows[r], tile, count, {}};
+    for (int i = thread; i < sum.tiles; i += kThreads) {
+      PrefillTile tile = tile_of(i);
+      const int cost = key_tiles(tile), parts = cost >= 2 * even ? cdiv(cost, even) : 1;
+      const int bin = static_cast<int>(static_cast<i64>(most - cost / parts) * (kBins - 1) / most);
+      const int place = atomicAdd(bins + bin, parts);
+      if (pass == 0) continue;
+      tile.count = count;
+      tile.parts = parts;
+      tile.slot = parts > 1 ? atomicAdd(&slots, parts) : 0;
+      for (int part = 0; part < parts && place + part < max_tiles; ++part) {
+        tile.part = part;
+        tiles[place + part] = tile;
+      }
     }
     __syncthreads();
     if (pass == 0) {
       const Counts mine = {bins[thread], 0, 0};
       Counts total;
       bins[thread] = block_scan(mine, total).decodes - mine.decodes;
+      count = min(total.decodes, max_tiles);
       __syncthreads();
     }
   }

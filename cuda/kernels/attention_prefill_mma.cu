@@ -185,6 +185,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   const u32 stages = queries + kQueryBytes;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int q_stride = num_kv_heads * GROUP * HEAD_DIM;
+  let_next_start();
   wait_for_previous();
   scale *= kLog2e * (KV_FP8 ? *k_scale : 1.f);
   const float out_scale = KV_FP8 ? *v_scale : 1.f;
@@ -271,5 +272,4 @@ extern "C" __global__ void __launch_bounds__(kThreads)
                   o, h, out_scale / sum[h]);
     }
   }
-  let_next_start();
 }

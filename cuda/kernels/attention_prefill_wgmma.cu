@@ -5,7 +5,8 @@
 // its product with the values before. The query heads of a KV head are packed with the tokens into
 // the tile's 128 rows, so that short chunks fill it too.
 //
-// Macros: those of attention.cuh, HEAD_DIM 64, 128 or 256, a 16-bit cache.
+// Macros: those of attention.cuh, HEAD_DIM 64, 128 or 256, a 16-bit cache; SPLIT_KEYS (1: items may
+// be parts of a tile's keys, which the last one to finish merges).
 #include "attention_wgmma.cuh"
 #include "prefill_pipeline.cuh"
 
@@ -136,15 +137,27 @@ __device__ __forceinline__ void clear_output(Output& o) {
     for (int i = 0; i < kOutColumns / 2; ++i) o[part][i] = 0.f;
 }
 
+constexpr int kPartialFloats = HEAD_DIM / 2 + 4;  // of a thread: its output, maxima and sums
+
+// Where the parts of tiles meet. partials: slots of 256 threads; arrivals: 8 warps a slot, zero
+// between launches.
+struct Meeting {
+  float* partials;
+  int* arrivals;
+};
+
 // A finished tile's place in the output: what is left of it while the next one begins.
 struct Finished {
   SCALAR* to[2];  // of this thread's rows; null: behind the last query
-  float sum[2];
+  float top[2], sum[2];
   int valid_keys;  // of its last tile of keys
+  int part, parts, slot;
 
-  __device__ Finished(const Items& items, const Rows& rows, SCALAR* out, int q_stride, int group,
-                      int key_tiles)
-      : valid_keys(items.sequence_keys() - (key_tiles - 1) * kTileKeys) {
+  __device__ Finished(const Items& items, const Rows& rows, SCALAR* out, int q_stride, int group)
+      : valid_keys(items.sequence_keys() - (items.end() - 1) * kTileKeys), part(items.tile.part),
+        parts(SPLIT_KEYS ? items.tile.parts : 1) {
+    const int heads = q_stride / (GROUP * HEAD_DIM);
+    slot = items.tile.slot * heads + items.head * parts;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int m = items.tile.tile * kTileRows + group * kGroupRows + threadIdx.x / 32 % 4 * 16 +
@@ -154,19 +167,78 @@ struct Finished {
                   ? out + static_cast<i64>(items.tile.query + token) * q_stride +
                         (items.head * GROUP + m % GROUP) * HEAD_DIM
                   : nullptr;
-      sum[h] = rows.sum[h];
+      top[h] = rows.top[h];
+      sum[h] = rows.sum[h] + __shfl_xor_sync(0xffffffffu, rows.sum[h], 1);
+      sum[h] += __shfl_xor_sync(0xffffffffu, sum[h], 2);
     }
   }
 
+  // Leaves the warp's part for the others. The last warp to come takes all parts, in their order,
+  // and returns true: what it holds then is the whole. Parts of a warp are read by the same warp
+  // of another thread block, thread by thread.
+  __device__ bool merge(Output& o, const Meeting& meeting, float scale) {
+    const int warp = threadIdx.x / 32 - 4, lane = threadIdx.x % 32;
+    const auto at = [&](int which) {
+      return meeting.partials +
+             (static_cast<i64>(slot + which) * 8 + warp) * (32 * kPartialFloats) + lane;
+    };
+    float* mine = at(part);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      __stcg(mine + h * 32, top[h]);
+      __stcg(mine + (2 + h) * 32, sum[h]);
+    }
+#pragma unroll
+    for (int i = 0; i < HEAD_DIM / 2; ++i)
+      __stcg(mine + (4 + i) * 32, o[i * 2 / kOutColumns][i % (kOutColumns / 2)]);
+    __syncwarp();
+    int* counter = meeting.arrivals + slot * 8 + warp;
+    int before = lane == 0 ? arrive(counter) : 0;
+    before = __shfl_sync(0xffffffffu, before, 0);
+    if (before != parts - 1) return false;
+    __syncwarp();
+    if (lane == 0) *counter = 0;
+    clear_output(o);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      top[h] = -CUDART_INF_F;
+      sum[h] = 0.f;
+    }
+#pragma unroll 1
+    for (int which = 0; which < parts; ++which) {
+      const float* theirs = at(which);
+      float factor[2], weight[2];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float other = __ldcg(theirs + h * 32), next = fmaxf(top[h], other);
+        factor[h] = exp2_fast((top[h] - next) * scale);
+        weight[h] = exp2_fast((other - next) * scale);
+        sum[h] = sum[h] * factor[h] + __ldcg(theirs + (2 + h) * 32) * weight[h];
+        top[h] = next;
+      }
+#pragma unroll
+      for (int i = 0; i < HEAD_DIM / 2; ++i) {
+        float& x = o[i * 2 / kOutColumns][i % (kOutColumns / 2)];
+        x = x * factor[i / 2 % 2] + __ldcg(theirs + (4 + i) * 32) * weight[i / 2 % 2];
+      }
+    }
+    return true;
+  }
+
+  __device__ void deliver(Output& o, const Meeting& meeting, float scale) {
+    if constexpr (SPLIT_KEYS) {
+      if (parts > 1 && !merge(o, meeting, scale)) return;
+    }
+    store(o);
+  }
+
+ private:
   // Four lanes hold 8 neighbouring columns; they trade so that each stores 8 by itself.
   __device__ void store(const Output& o) const {
     const int t = threadIdx.x % 4;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      float total = sum[h];
-      total += __shfl_xor_sync(0xffffffffu, total, 1);
-      total += __shfl_xor_sync(0xffffffffu, total, 2);
-      const float inverse = 1.f / total;
+      const float inverse = 1.f / sum[h];
 #pragma unroll
       for (int n = 0; n < HEAD_DIM / 8; n += 4) {
         u32 x[4];
@@ -195,7 +267,7 @@ struct Finished {
 // Multiplies: one warpgroup of 64 rows. The tiles of keys of all its items are one stream: the
 // scores of the next, be it another item's first, are made beside the product with the values.
 __device__ __forceinline__ void consume(Items items, Addresses at, SCALAR* out, int q_stride,
-                                        int group, float scale) {
+                                        int group, float scale, const Meeting& meeting) {
   Place<kStages> key_stage, value_stage;
   Place<kQueryBuffers> buffer;
   Rows rows;
@@ -218,21 +290,21 @@ __device__ __forceinline__ void consume(Items items, Addresses at, SCALAR* out, 
   wgmma_own(s);
   release(at.keys_empty(0));
   key_stage.next();
-  rows.softmax(s, factor, 0, scale);
+  rows.softmax(s, factor, items.first() * kTileKeys, scale);
   pack_probabilities(p, s);
 
-  int key_tiles = items.key_tiles(), j = 0;
-  Finished finished(items, rows, out, q_stride, group, key_tiles);
+  int j = items.first(), end = items.end();
+  Finished finished(items, rows, out, q_stride, group);
 #pragma unroll 1
   while (true) {
-    const bool last = ++j == key_tiles;  // the item has no more keys
+    const bool last = ++j == end;  // the item has no more keys
     if (last) {
-      finished = Finished(items, rows, out, q_stride, group, key_tiles);
+      finished = Finished(items, rows, out, q_stride, group);
       release(at.query_empty(buffer.index));
       buffer.next();
       if (!items.next()) break;
-      j = 0;
-      key_tiles = items.key_tiles();
+      j = items.first();
+      end = items.end();
       rows.begin(items, group);
       query = at.query(buffer.index) + group * kQueryGroupBytes;
       barrier_wait(at.query_full(buffer.index), buffer.parity);
@@ -263,7 +335,7 @@ __device__ __forceinline__ void consume(Items items, Addresses at, SCALAR* out, 
     release(at.values_empty(value_stage.index));
     value_stage.next();
     if (last) {
-      finished.store(o);
+      finished.deliver(o, meeting, scale);
       clear_output(o);
     } else {
       scale_output(o, factor);
@@ -280,7 +352,7 @@ __device__ __forceinline__ void consume(Items items, Addresses at, SCALAR* out, 
   wgmma_commit();
   wgmma_wait<0>();
   own(o);
-  finished.store(o);
+  finished.deliver(o, meeting, scale);
 }
 
 // Grid: any number of thread blocks up to max_tiles * num_kv_heads. Shared memory: Addresses.
@@ -289,7 +361,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     attention_prefill_wgmma(const SCALAR* q, SCALAR* out, const u8* keys, const u8* values,
                             const int* block_table, const PrefillTile* tiles, const float*,
                             const float*, int, int num_kv_heads, int block_bytes,
-                            int table_stride, float scale) {
+                            int table_stride, float scale, float* partials, int* arrivals) {
   extern __shared__ __align__(1024) u8 memory[];
   const Addresses at{shared_address(memory)};
   if (threadIdx.x == 0) {
@@ -306,6 +378,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     barrier_init_fence();
   }
   __syncthreads();
+  let_next_start();
   wait_for_previous();
   const int q_stride = num_kv_heads * GROUP * HEAD_DIM;
   const auto items = [&] { return Items(tiles, num_kv_heads); };
@@ -321,7 +394,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       produce_queries(items(), at, q, q_stride);
   } else {
     take_registers<kConsumerRegisters>();
-    consume(items(), at, out, q_stride, threadIdx.x / 128 - 1, scale * kLog2e);
+    consume(items(), at, out, q_stride, threadIdx.x / 128 - 1, scale * kLog2e,
+            Meeting{partials, arrivals});
   }
-  let_next_start();
 }

@@ -234,6 +234,18 @@ def test_one_long_sequence_beside_short_ones(library: KernelLibrary) -> None:
     case.check(case.run(attention, case.plan(attention)))
 
 
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_short_chunks_behind_long_prefixes(library: KernelLibrary, head_dim: int) -> None:
+    shape = [(1, 3000), (100, 9000), (2, 30_000), (33, 12_345), (200, 0)]
+    case = make_case(shape, heads=4, kv_heads=1, head_dim=head_dim)
+    attention = attention_for(library, case)
+    first = case.run(attention, case.plan(attention))[: case.tokens]
+    case.check(first)
+    for _ in range(10):
+        again = case.run(attention, case.plan(attention))[: case.tokens]
+        assert torch.equal(first.view(torch.int16), again.view(torch.int16))
+
+
 def test_more_rows_than_thread_blocks(library: KernelLibrary) -> None:
     chance = random.Random(1)
     case = make_case([(1, chance.randrange(200)) for _ in range(1100)], heads=2, kv_heads=1)

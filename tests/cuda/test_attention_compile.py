@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from zllm.cuda.attention import AttentionSpec, decode_config, programs
+from zllm.cuda.attention_spec import AttentionSpec, decode_config, programs
 from zllm.cuda.compiler import Compiler
 from zllm.errors import KernelError
 
