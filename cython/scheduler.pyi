@@ -106,8 +106,11 @@ class Scheduler:
     def flush_cache(self) -> int:
         """Drop cached blocks that nothing uses; returns how many."""
     def stats(self) -> dict[str, int | float]:
-        """Plain counters and gauges: running, waiting, waiting_tokens, blocks_total, blocks_free
-        (empty or cached with no user), blocks_cached, hit_tokens, query_tokens, evictions,
-        preemptions, preempted_tokens, swaps_out, swaps_in, generated_tokens, steps, ..."""
+        """Plain counters and gauges. Sequences: running, waiting. Tokens: waiting_tokens,
+        hit_tokens, query_tokens, generated_tokens, preempted_tokens (computed again).
+        Blocks: blocks_total, blocks_free (empty, or cached with no user), blocks_empty,
+        blocks_cached, evictions, folded_blocks, host_blocks_free, swapped_blocks. Events:
+        admissions, preemptions, swaps_out, swaps_in, forks, steps; queue_seconds is the sum over
+        requests of the time until their first admission."""
     def check(self) -> None:
         """Verify every invariant of pool, tree, rows and queues; raises InvariantError."""
