@@ -50,19 +50,32 @@ class StepGraphs:
         self._pool = torch.cuda.graph_pool_handle()
         self._graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}
 
-    def capture(self, kind: str, sizes: tuple[int, ...], run: Callable[[int], object]) -> None:
-        """Capture `run(size)` for each size, largest first, so that the pool grows once."""
+    def capture(
+        self,
+        kind: str,
+        sizes: tuple[int, ...],
+        run: Callable[[int], object],
+        progress: Callable[[], None],
+    ) -> None:
+        """Capture `run(size)` for each size, largest first, so that the pool grows once.
+        `progress` is called after each."""
         # Garbage that dies inside a capture frees memory of the device, which invalidates it.
         gc.collect()
         collects = gc.isenabled()
         gc.disable()
         try:
-            self._capture(kind, sizes, run)
+            self._capture(kind, sizes, run, progress)
         finally:
             if collects:
                 gc.enable()
 
-    def _capture(self, kind: str, sizes: tuple[int, ...], run: Callable[[int], object]) -> None:
+    def _capture(
+        self,
+        kind: str,
+        sizes: tuple[int, ...],
+        run: Callable[[int], object],
+        progress: Callable[[], None],
+    ) -> None:
         stream = torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
@@ -77,6 +90,7 @@ class StepGraphs:
                 finally:
                     graph.capture_end()
                 self._graphs[kind, size] = graph
+                progress()
         torch.cuda.current_stream(self._device).wait_stream(stream)
 
     def replay(self, kind: str, size: int) -> None:

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
+from rich.console import Console
+from rich.progress import Progress
 
 from zllm.cuda.attention import PagedAttention
 from zllm.cuda.launcher import KernelLibrary
@@ -242,9 +244,18 @@ class CudaRunner:
 
     def _capture(self, graphs: StepGraphs) -> None:
         buckets = self._buckets
-        graphs.capture("mixed", buckets.mixed, lambda n: self._body(n, decode_only=False))
-        graphs.capture("decode", buckets.decode, lambda n: self._body(n, decode_only=True))
-        graphs.capture("head", buckets.decode, self._head)
+        total = len(buckets.mixed) + 2 * len(buckets.decode)
+        console = Console(stderr=True)
+        with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
+            task = bar.add_task("Capturing CUDA graphs", total=total)
+
+            def captured() -> None:
+                bar.advance(task)
+
+            mixed, decode = buckets.mixed, buckets.decode
+            graphs.capture("mixed", mixed, lambda n: self._body(n, decode_only=False), captured)
+            graphs.capture("decode", decode, lambda n: self._body(n, decode_only=True), captured)
+            graphs.capture("head", decode, self._head, captured)
         torch.cuda.synchronize(self.device)
 
     def _profile(self) -> int:
