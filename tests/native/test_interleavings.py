@@ -203,10 +203,10 @@ class TestInterleavings(Interleavings.TestCase):  # type: ignore[misc, name-defi
 
 @pytest.mark.slow
 class TestInterleavingsAtLength(Interleavings.TestCase):  # type: ignore[misc, name-defined]
-    """100,000 moves."""
+    """Well over 100,000 moves."""
 
     settings = settings(
-        max_examples=1000,
+        max_examples=3000,
         stateful_step_count=100,
         deadline=None,
         suppress_health_check=[HealthCheck.too_slow],
