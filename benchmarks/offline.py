@@ -23,12 +23,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from zllm.runtime.config import EngineConfig
+from zllm import LLM, SamplingParams
 from zllm.runtime.engine import Engine
-from zllm.runtime.messages import AddRequest, Sampling, Stopping
 
 HERE = Path(__file__).parent
 PROMPT = 1024
@@ -66,55 +64,35 @@ def ceilings() -> dict[str, float]:
 
 
 class Bench:
-    """One engine and the load that is put on it."""
+    """`LLM` on random weights, and the load that is put on it. Token ids in, token ids out."""
 
     def __init__(self, name: str, **options: Any) -> None:
         start = time.perf_counter()
-        self.engine = Engine(
-            EngineConfig(
-                model=HERE / "models" / f"qwen3-{name}",
-                load_format="dummy",
-                enable_prefix_caching=False,
-                **options,
-            )
+        self.llm = LLM(
+            HERE / "models" / f"qwen3-{name}",
+            load_format="dummy",
+            enable_prefix_caching=False,
+            **options,
         )
         self.start_s = time.perf_counter() - start
-        self._next_id = 1
-        self.host_s: list[float] = []
+
+    @property
+    def engine(self) -> Engine:
+        return self.llm.engine
 
     def run(self, prompts: list[list[int]], outputs: list[int]) -> float:
-        """Seconds from the first arrival to the last token; every output is counted."""
-        engine, live, count = self.engine, 0, 0
+        """Seconds of LLM.generate, from the call to its return; every output is counted."""
+        params = [
+            SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=length)
+            for length in outputs
+        ]
         start = time.perf_counter()
-        for prompt, length in zip(prompts, outputs, strict=True):
-            engine.add(
-                AddRequest(
-                    request_id=self._next_id,
-                    prompt=np.asarray(prompt, np.int32).tobytes(),
-                    sampling=Sampling(temperature=0.6, seed=self._next_id),
-                    stopping=Stopping(max_tokens=length),
-                )
-            )
-            self._next_id += 1
-            live += 1
-        while live:
-            output = engine.step()
-            if output is None:
-                continue
-            if output.refused:
-                raise RuntimeError(f"refused: {output.refused[0].message}")
-            finishes = np.frombuffer(output.finishes, np.uint8)
-            live -= int(np.count_nonzero(finishes))
-            count += int(np.count_nonzero(np.frombuffer(output.tokens, np.int32) >= 0))
+        answers = self.llm.generate(prompts, params)
         elapsed = time.perf_counter() - start
-        if count != sum(outputs):
-            raise RuntimeError(f"{count} tokens came instead of {sum(outputs)}")
+        lengths = [len(answer.outputs[0].token_ids) for answer in answers]
+        if lengths != outputs:
+            raise RuntimeError(f"{sum(lengths)} tokens came instead of {sum(outputs)}")
         return elapsed
-
-    def drain(self) -> None:
-        """Run the surplus step that the last finish may have left in flight."""
-        while self.engine.has_work():
-            self.engine.step()
 
     def prefill(self, sequences: int, length: int, repeats: int) -> float:
         """Median seconds from `sequences` prompts of `length` random ids to their first tokens."""
@@ -198,7 +176,6 @@ def measure(name: str, found: dict[str, Any], ceiling: dict[str, float], quick: 
     prompts, outputs = mixed_load()
     tokens = sum(outputs)
     note("mixed_tok_s", statistics.median(tokens / bench.run(prompts, outputs) for _ in range(1)))
-    bench.drain()
     problem = bench.engine.check()
     if problem:
         raise RuntimeError(problem)

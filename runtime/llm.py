@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from zllm.errors import ConfigError, EngineError, InvalidRequest, Overloaded
 from zllm.runtime.chat_template import ChatTemplate, load_chat_template
@@ -142,7 +143,7 @@ class LLM:
         request_id, self._next_id = self._next_id, self._next_id + 1
         completion = CompletionOutput(logprobs=None if params.logprobs is None else [])
         text = prompt if isinstance(prompt, str) else None
-        output = RequestOutput(request_id, text, ids, [completion])
+        output = RequestOutput(request_id, text, ids.tolist(), [completion])
         detokenizer = None
         if params.stop and self.tokenizer is not None:
             detokenizer = Detokenizer(
@@ -153,7 +154,7 @@ class LLM:
             )
         request = AddRequest(
             request_id=request_id,
-            prompt=np.asarray(ids, np.int32).tobytes(),
+            prompt=ids.astype(np.int32).tobytes(),
             sampling=Sampling(
                 temperature=_first(params.temperature, defaults.temperature, 1.0),
                 top_p=_first(params.top_p, defaults.top_p, 1.0),
@@ -171,19 +172,19 @@ class LLM:
         )
         return _Live(output, completion, params, detokenizer), request
 
-    def _token_ids(self, prompt: Prompt) -> list[int]:
+    def _token_ids(self, prompt: Prompt) -> npt.NDArray[np.int64]:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise InvalidRequest("text", "the model has no tokenizer: send token ids")
-            ids = self.tokenizer.encode(prompt)
+            ids = np.asarray(self.tokenizer.encode(prompt), np.int64)
         else:
-            ids = [int(token) for token in prompt]
+            ids = np.asarray(prompt, np.int64)
         vocab = self.model_config.vocab_size
-        if not ids:
+        if not ids.size:
             raise InvalidRequest("prompt", "has no tokens")
-        wrong = next((token for token in ids if not 0 <= token < vocab), None)
-        if wrong is not None:
-            raise InvalidRequest("token_ids", f"{wrong} is outside the vocabulary [0, {vocab})")
+        wrong = ids[(ids < 0) | (ids >= vocab)]
+        if wrong.size:
+            raise InvalidRequest("token_ids", f"{wrong[0]} is outside the vocabulary [0, {vocab})")
         return ids
 
     def _take(self, step: StepOutput) -> None:

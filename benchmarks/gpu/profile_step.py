@@ -62,7 +62,8 @@ def main() -> None:
         if options.trace:
             profiler.export_chrome_trace(str(options.trace))
         bench.engine.abort([10_000 + index for index in range(sequences)])
-        bench.drain()
+        while bench.engine.has_work():
+            bench.engine.step()
 
 
 def _report(profiler: profile) -> None:
