@@ -27,7 +27,7 @@ lint: build
 	ln -s $(wildcard $(CURDIR)/build/cp3*/stubs/zllm/v1) build/typing/zllm/v1
 	$(BIN)/mypy
 	PATH=$(abspath $(BIN)):$$PATH cython-lint cython
-	cd protos && ../$(BIN)/buf lint
+	cd protos && $(abspath $(BIN))/buf lint
 
 # The interpreter leaks by design, so leaks are not looked for; -S keeps the editable install out.
 SANITIZED := build/sanitize/root
