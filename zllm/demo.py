@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 
 from zllm.clients.client import Client
 from zllm.errors import ConfigError
@@ -53,8 +54,8 @@ def _ask(console: Console, client: Client, question: str, expected: str) -> bool
     right = answer.strip() == expected
     tokens = stream.usage.completion_tokens if stream.usage else 0
     rate = tokens / max(time.monotonic() - started, 1e-9)
-    verdict = "[green]right" if right else f"[red]wrong[/]: it should be {expected!r}"
-    console.print(f"\n  {verdict}[/] [dim]({tokens} tokens, {rate:.0f} a second)")
+    verdict = "[green]right[/]" if right else f"[red]wrong[/]: it should be {escape(expected)}"
+    console.print(f"\n  {verdict} [dim]({tokens} tokens, {rate:.0f} a second)")
     return right
 
 
