@@ -23,6 +23,8 @@ from zllm.service.rpc import add_service
 from zllm.service.served_model import Models, ServedModel
 from zllm.v1 import admin_pb2, generation_pb2, models_pb2
 
+MAX_PENDING_REQUESTS = 20_000
+"""Requests that gRPC holds for the event loop: 10,000 may come at once."""
 LAST_WRITES_S = 0.5
 """How long the final messages of ended streams get to leave."""
 
@@ -111,6 +113,10 @@ def _options(config: ServerConfig) -> list[tuple[str, int]]:
     return [
         ("grpc.max_receive_message_length", config.max_message_bytes),
         ("grpc.max_send_message_length", -1),
+        # gRPC's own queue cancels requests at random beyond 1,000 that wait for the event loop: a
+        # burst would be refused without a word. Admission is ours, and says RESOURCE_EXHAUSTED.
+        ("grpc.server.max_pending_requests", MAX_PENDING_REQUESTS),
+        ("grpc.server.max_pending_requests_hard_limit", 2 * MAX_PENDING_REQUESTS),
         # A second server on the same port is an error, not a silent half of the traffic.
         ("grpc.so_reuseport", 0),
         # Notices clients that vanished without a word; tolerates clients that ping.
