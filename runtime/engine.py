@@ -159,6 +159,10 @@ class Engine:
             return str(error)
         return None
 
+    def flush_cache(self) -> int:
+        """Drop cached blocks that nothing uses; returns how many."""
+        return self.scheduler.flush_cache()
+
     def close(self) -> None:
         """Wait for the step in flight and release the device's memory."""
         if self._in_flight is not None:

@@ -23,8 +23,10 @@ from zllm.runtime.config import EngineConfig
 from zllm.runtime.messages import (
     AbortRequests,
     AddRequest,
+    CacheFlushed,
     EngineFailed,
     EngineReady,
+    FlushCache,
     FromEngine,
     Heartbeat,
     Load,
@@ -35,6 +37,9 @@ from zllm.runtime.messages import (
 
 HEARTBEAT_S = 0.5
 """Silence of the outbox at most, while the step loop turns."""
+STEP_LIMIT_S = {"cpu": 60.0, "cuda": 10.0}
+"""A step that runs longer hangs, and the heartbeat stops. On a CPU one of 2,048 prompt tokens may
+take half a minute; on a GPU the longest is a first use that compiles its kernels."""
 CHECK_S = 10.0
 """Between two checks of the scheduler's books, which happen when the engine falls idle."""
 
@@ -52,27 +57,46 @@ class Steppable(Protocol):
     def has_work(self) -> bool: ...
     def load(self) -> Load: ...
     def check(self) -> str | None: ...
+    def flush_cache(self) -> int: ...
     def close(self) -> None: ...
 
 
 class EngineLoop:
-    """Takes requests in, steps the engine, sends what each step gave."""
+    """Takes requests in, steps the engine, sends what each step gave. While a step runs, a thread
+    sends the heartbeat, up to `step_limit_s`."""
 
-    def __init__(self, engine: Steppable, socket: zmq.Socket[bytes]) -> None:
+    def __init__(
+        self, engine: Steppable, socket: zmq.Socket[bytes], *, step_limit_s: float = 60.0
+    ) -> None:
         self._engine = engine
         self._socket = socket
+        self._step_limit_s = step_limit_s
+        self._step_began = 0.0
+        self._load = Load()
+        # Whoever holds it owns the socket: the loop, except while a step runs.
+        self._socket_lock = threading.Lock()
+        self._ended = threading.Event()
         self._last_sent = 0.0
         self._last_check = 0.0
 
     def run(self) -> None:
         """Until Shutdown comes."""
+        beat = threading.Thread(target=self._beat, daemon=True, name="heartbeat")
+        beat.start()
+        with self._socket_lock:
+            self._turn()
+        self._ended.set()
+        beat.join()
+        self._engine.close()
+
+    def _turn(self) -> None:
         engine = self._engine
         self._send(engine.ready())
         running = True
         while running:
             busy = engine.has_work()
             heard, running = self._take_inbox(0 if busy else int(HEARTBEAT_S * 1000))
-            output = engine.step() if engine.has_work() else None
+            output = self._step() if engine.has_work() else None
             if output is not None:
                 self._send(output)
             idle_again = (heard or busy) and not engine.has_work()
@@ -81,7 +105,22 @@ class EngineLoop:
                 engine.check()
             if idle_again or time.monotonic() - self._last_sent > HEARTBEAT_S:
                 self._send(Heartbeat(engine.load()))
-        engine.close()
+
+    def _step(self) -> StepOutput | None:
+        self._step_began = time.monotonic()
+        self._socket_lock.release()
+        try:
+            return self._engine.step()
+        finally:
+            self._socket_lock.acquire()
+
+    def _beat(self) -> None:
+        while not self._ended.wait(HEARTBEAT_S):
+            with self._socket_lock:
+                now = time.monotonic()
+                within = now - self._step_began < self._step_limit_s
+                if within and now - self._last_sent > HEARTBEAT_S and not self._ended.is_set():
+                    self._send(Heartbeat(self._load))
 
     def _take_inbox(self, timeout_ms: int) -> tuple[bool, bool]:
         """Whether anything came, and whether to go on."""
@@ -93,11 +132,15 @@ class EngineLoop:
                 self._engine.add(message)
             elif isinstance(message, AbortRequests):
                 self._engine.abort(message.request_ids)
+            elif isinstance(message, FlushCache):
+                self._send(CacheFlushed(self._engine.flush_cache()))
             elif isinstance(message, Shutdown):
                 return heard, False
         return heard, True
 
     def _send(self, message: FromEngine) -> None:
+        if isinstance(message, (StepOutput, Heartbeat)):
+            self._load = message.load
         self._socket.send(_encode(message))
         self._last_sent = time.monotonic()
 
@@ -141,6 +184,8 @@ def main(address: str) -> int:
     socket = bind(address)
     try:
         # Imported here so that a torch that cannot load reaches the parent as EngineFailed too.
+        import torch
+
         from zllm.runtime.engine import Engine
 
         engine = Engine(config)
@@ -148,7 +193,8 @@ def main(address: str) -> int:
         socket.send(_encode(EngineFailed(str(error) or type(error).__name__)))
         zmq.Context.instance().destroy(linger=5000)
         return 1
-    EngineLoop(engine, socket).run()
+    on_gpu = config.device != "cpu" and torch.cuda.is_available()
+    EngineLoop(engine, socket, step_limit_s=STEP_LIMIT_S["cuda" if on_gpu else "cpu"]).run()
     zmq.Context.instance().destroy(linger=1000)
     return 0
 

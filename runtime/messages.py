@@ -81,6 +81,10 @@ class AbortRequests(_Message, frozen=True, tag="abort"):
     """An unknown id is no error."""
 
 
+class FlushCache(_Message, frozen=True, tag="flush"):
+    """Drop the prefix-cache blocks that nothing uses; answered by CacheFlushed, in order."""
+
+
 class Shutdown(_Message, frozen=True, tag="shutdown"):
     """Finish nothing, release everything, exit."""
 
@@ -181,11 +185,17 @@ class StepOutput(_Message, frozen=True, tag="step"):
     load: Load
 
 
+class CacheFlushed(_Message, frozen=True, tag="flushed"):
+    blocks: int
+    """How many were dropped."""
+
+
 class Heartbeat(_Message, frozen=True, tag="heartbeat"):
-    """Sent at least once a second: the step loop turns. Carries the load when idle."""
+    """Sent at least once a second: the step loop turns, or its step is within its time limit.
+    Carries the load as it was before that step."""
 
     load: Load
 
 
-ToEngine = AddRequest | AbortRequests | Shutdown
-FromEngine = EngineReady | EngineFailed | StepOutput | Heartbeat
+ToEngine = AddRequest | AbortRequests | FlushCache | Shutdown
+FromEngine = EngineReady | EngineFailed | StepOutput | CacheFlushed | Heartbeat

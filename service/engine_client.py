@@ -17,8 +17,10 @@ from zllm.errors import ConfigError, InvalidRequest, Overloaded, Unavailable
 from zllm.runtime.messages import (
     AbortRequests,
     AddRequest,
+    CacheFlushed,
     EngineFailed,
     EngineReady,
+    FlushCache,
     FromEngine,
     Heartbeat,
     Load,
@@ -52,6 +54,7 @@ class EngineClient:
         self._last_heard = 0.0
         self._healthy = False
         self._lost: str | None = None
+        self._flushes: deque[asyncio.Future[int]] = deque()
         self._tasks: list[asyncio.Task[None]] = []
         self.load = Load()
         self._history: deque[tuple[float, Load]] = deque()
@@ -75,6 +78,11 @@ class EngineClient:
     @property
     def live_streams(self) -> int:
         return len(self._streams)
+
+    @property
+    def silence(self) -> float:
+        """Seconds since the engine's last word."""
+        return asyncio.get_running_loop().time() - self._last_heard
 
     def submit(self, request: AddRequest, stream: Stream) -> int:
         """Sends the request under a fresh id, which it returns. Raises Unavailable."""
@@ -106,14 +114,32 @@ class EngineClient:
         for stream in self._streams.values():
             stream.fail(Unavailable(why))
         self._streams.clear()
+        while self._flushes:
+            waiting = self._flushes.popleft()
+            if not waiting.done():
+                waiting.set_exception(Unavailable(why))
 
     def end_all(self, finish: int) -> None:
         """Ends every stream here and in the engine, keeping what it has."""
-        if self._streams:
-            self._send(AbortRequests(list(self._streams)))
-        for stream in self._streams.values():
-            stream.push(-1, finish)
-        self._streams.clear()
+        self.end(list(self._streams), finish)
+
+    def end(self, request_ids: list[int], finish: int) -> None:
+        """Ends these streams here and in the engine; ids that are not live are no error."""
+        live = [request_id for request_id in request_ids if request_id in self._streams]
+        if live:
+            self._send(AbortRequests(live))
+        for request_id in live:
+            self._streams.pop(request_id).push(-1, finish)
+
+    async def flush_cache(self) -> int:
+        """How many cached blocks the engine dropped. Raises Unavailable."""
+        if not self._healthy:
+            raise Unavailable(self._lost or "the engine does not answer")
+        answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        # One whose caller left stays in line: answers come in order.
+        self._flushes.append(answer)
+        self._send(FlushCache())
+        return await answer
 
     def window(self) -> tuple[float, float]:
         """Prefix hit rate and tokens a second over the last minute."""
@@ -156,6 +182,10 @@ class EngineClient:
                 self._route(message)
             elif isinstance(message, Heartbeat):
                 self.load = message.load
+            elif isinstance(message, CacheFlushed) and self._flushes:
+                answer = self._flushes.popleft()
+                if not answer.done():
+                    answer.set_result(message.blocks)
             if not self._history or now - self._history[-1][0] >= 1.0:
                 self._remember(now)
 
@@ -193,8 +223,11 @@ class EngineClient:
     async def _watch(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
+            asleep = loop.time()
             await asyncio.sleep(self._timeout / 4)
-            silence = loop.time() - self._last_heard
+            if loop.time() - asleep > self._timeout / 2:
+                continue  # this process was held up: what the engine said is still unread
+            silence = self.silence
             if self._healthy and silence > self._timeout:
                 log.error("the engine has been silent for %.1f s", silence)
                 self.lose(f"the engine has not answered for {silence:.0f} s")

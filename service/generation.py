@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from zllm.errors import RequestExists, Unavailable
 from zllm.runtime.detokenizer import Detokenizer
-from zllm.runtime.messages import AddRequest, TokenLogprobs
+from zllm.runtime.messages import AddRequest, FinishReason, TokenLogprobs
 from zllm.service.prompts import prompt_ids
 from zllm.service.rpc import Context
 from zllm.service.served_model import Models, ServedModel
@@ -41,7 +42,8 @@ class GenerationService:
     def __init__(self, models: Models, queue_timeout: float) -> None:
         self._models = models
         self._queue_timeout = queue_timeout
-        self._live: set[str] = set()
+        self._live: dict[str, _Run | None] = {}
+        """By request id; None until the engine was sent it."""
         self._idle = asyncio.Event()
         self._idle.set()
         self.draining = False
@@ -49,6 +51,21 @@ class GenerationService:
     async def idle(self) -> None:
         """Until no request is live."""
         await self._idle.wait()
+
+    @property
+    def num_live(self) -> int:
+        return len(self._live)
+
+    def abort(self, request_ids: Iterable[str] | None) -> list[str]:
+        """Ends these requests, or all, with FINISH_REASON_ABORTED and what they have; returns
+        those that were waiting or running in an engine."""
+        aborted = []
+        for request_id in list(self._live) if request_ids is None else request_ids:
+            run = self._live.get(request_id)
+            if run is not None and not run.stream.over:
+                run.model.engine.end([run.engine_id], FinishReason.ABORTED)
+                aborted.append(request_id)
+        return aborted
 
     async def Generate(
         self, request: generation_pb2.GenerateRequest, context: Context
@@ -84,12 +101,12 @@ class GenerationService:
         request_id = request.request_id or uuid.uuid4().hex
         if request_id in self._live:
             raise RequestExists("request_id", f"{request_id[:200]!r} is that of a live request")
-        self._live.add(request_id)
+        self._live[request_id] = None
         self._idle.clear()
         return request_id
 
     def _unclaim(self, request_id: str) -> None:
-        self._live.discard(request_id)
+        self._live.pop(request_id, None)
         if not self._live:
             self._idle.set()
 
@@ -130,7 +147,9 @@ class GenerationService:
             ),
             stream,
         )
-        return _Run(request, request_id, model, prompt, stream, engine_id)
+        run = _Run(request, request_id, model, prompt, stream, engine_id)
+        self._live[request_id] = run
+        return run
 
 
 async def _write_stream(run: _Run, context: Context) -> None:

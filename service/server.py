@@ -40,7 +40,9 @@ class Server:
         self._models = Models()
         self._health = Health()
         self._generation = GenerationService(self._models, config.queue_timeout)
-        self._admin = AdminService(self._models, version, config, list(engines))
+        self._admin = AdminService(
+            self._models, version, config, list(engines), self._generation, self.drain
+        )
         self._public = grpc.aio.server(options=_options(config))
         self._private = grpc.aio.server(options=_options(config))
         services = [
@@ -73,13 +75,24 @@ class Server:
         await self._health.set_now(self._healthy())
 
     async def stop(self, grace: float, hurry: asyncio.Event | None = None) -> None:
-        """Refuses new work, lets running requests finish for `grace` seconds or until `hurry`,
-        ends the rest with FINISH_REASON_SHUTDOWN, and closes both listeners."""
-        self._generation.draining = self._admin.draining = True
+        """Drains, and closes both listeners."""
+        await self.drain(grace, hurry)
+        await asyncio.gather(self._public.stop(LAST_WRITES_S), self._private.stop(LAST_WRITES_S))
+
+    async def drain(self, grace: float, hurry: asyncio.Event | None = None) -> int:
+        """NOT_SERVING for good; after `drain_delay` new work is refused; running requests get
+        `grace` seconds or until `hurry`, and the rest ends with FINISH_REASON_SHUTDOWN. Returns
+        how many those were. No grace: no delay either."""
+        delay = self._config.drain_delay if grace > 0 and not self._admin.draining else 0.0
+        self._admin.draining = True
         await self._health.shut_down()
         hurried = asyncio.create_task((hurry or asyncio.Event()).wait())
+        if delay:
+            await asyncio.wait({hurried}, timeout=delay)
+        self._generation.draining = True
         idle = asyncio.create_task(self._generation.idle())
         await asyncio.wait({hurried, idle}, timeout=grace, return_when=asyncio.FIRST_COMPLETED)
+        remaining = self._generation.num_live
         for model in self._models.by_name.values():
             model.engine.end_all(FinishReason.SHUTDOWN)
         await asyncio.wait({idle}, timeout=LAST_WRITES_S)
@@ -87,7 +100,7 @@ class Server:
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task
-        await asyncio.gather(self._public.stop(LAST_WRITES_S), self._private.stop(LAST_WRITES_S))
+        return remaining
 
     def _follow(self, _: bool = True) -> None:
         self._health.set(self._healthy())

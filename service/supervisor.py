@@ -37,6 +37,7 @@ class EngineProcess:
         self._directory = Path(tempfile.mkdtemp(prefix="zllm-"))
         address = f"ipc://{self._directory}/engine.sock"
         self._address = address
+        self._timeout = timeout
         self._process: asyncio.subprocess.Process | None = None
         self._watch: asyncio.Task[None] | None = None
         self.client = EngineClient(address, timeout=timeout)
@@ -90,6 +91,28 @@ class EngineProcess:
             raise ConfigError("the engine's process was not started")
         code = await self._process.wait()
         return f"the engine's process ended with {_exit_words(code)}"
+
+    async def until_lost(self) -> str:
+        """Until the engine is dead, or silent for twice its timeout; returns how it went."""
+        died = asyncio.create_task(self.wait())
+        try:
+            while True:
+                asleep = asyncio.get_running_loop().time()
+                done, _ = await asyncio.wait({died}, timeout=self._timeout / 4)
+                if done:
+                    return died.result()
+                # A late wake-up was this process's own: what the engine said is still unread.
+                slept = asyncio.get_running_loop().time() - asleep
+                if slept < self._timeout / 2 and self.client.silence > 2 * self._timeout:
+                    return f"the engine has not answered for {self.client.silence:.0f} s"
+        finally:
+            died.cancel()
+            await asyncio.wait({died})
+
+    def kill(self) -> None:
+        """At once, whatever state it is in."""
+        if self._process is not None and self._process.returncode is None:
+            self._process.kill()
 
     async def stop(self) -> None:
         """Ends the engine, by force if it must."""

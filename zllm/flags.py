@@ -48,7 +48,10 @@ HELP = {
     "reflection": "answer gRPC reflection; default: only on loopback",
     "max_message_bytes": "size of a request, at most",
     "queue_timeout": "seconds a request may wait to start; 0: for ever",
-    "shutdown_grace": "seconds that running requests get to finish after SIGTERM",
+    "shutdown_grace": "seconds that running requests get to finish after SIGTERM or Drain",
+    "drain_delay": "seconds between NOT_SERVING and refusing work, for routers to notice",
+    "max_restarts": "failures of the engine in a row, at most; one more ends the server with 3",
+    "restart_backoff": "seconds before the first restart of the engine; doubled each time",
     "engine_timeout": "seconds of the engine's silence after which its requests fail",
 }
 

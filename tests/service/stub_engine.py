@@ -57,6 +57,7 @@ class StubEngine:
     max_model_len: int = 256
     frozen: threading.Event = field(default_factory=threading.Event)
     """While set, no step ends: a hung engine."""
+    cached_blocks: int = 7
     fail_at: int | None = None
     """Requests end with ERROR at this token."""
 
@@ -83,6 +84,11 @@ class StubEngine:
 
     def check(self) -> str | None:
         return None
+
+    def flush_cache(self) -> int:
+        """What the last call left cached is nothing: the second one frees none."""
+        self.cached_blocks, freed = 0, self.cached_blocks
+        return freed
 
     def abort(self, request_ids: list[int]) -> None:
         for request_id in request_ids:
@@ -201,7 +207,7 @@ class EngineThread:
         context = zmq.Context()
         socket = context.socket(zmq.PAIR)
         socket.bind(self.address)
-        EngineLoop(self.engine, socket).run()
+        EngineLoop(self.engine, socket, step_limit_s=0.5).run()
         context.destroy(linger=0)
 
     def join(self) -> None:

@@ -86,16 +86,11 @@ async def test_server_info_shows_the_configuration_and_one_instance() -> None:
 async def test_admin_calls_of_a_later_version_are_unimplemented() -> None:
     async with running() as server:
         calls = [
-            server.admin.AbortRequests(admin_pb2.AbortRequestsRequest()),
-            server.admin.Drain(admin_pb2.DrainRequest()),
-            server.admin.FlushCache(admin_pb2.FlushCacheRequest()),
             server.admin.LoadModel(admin_pb2.LoadModelRequest()),
             server.admin.UnloadModel(admin_pb2.UnloadModelRequest()),
         ]
         for call in calls:
             assert await call.code() is grpc.StatusCode.UNIMPLEMENTED
-        watch = server.admin.WatchLoad(admin_pb2.WatchLoadRequest())
-        assert await watch.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
 async def test_the_public_listener_has_no_admin_service() -> None:

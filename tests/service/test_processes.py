@@ -178,8 +178,8 @@ def test_the_engine_dies_with_its_parent() -> None:
         assert is_gone(engine)
 
 
-def test_a_dead_engine_fails_its_requests_and_ends_the_server() -> None:
-    with serving() as served, Client(served.target, attempts=1) as client:
+def test_a_dead_engine_fails_its_requests_and_ends_a_server_that_may_not_restart_it() -> None:
+    with serving("--max-restarts", "0") as served, Client(served.target, attempts=1) as client:
         stream = client.chat("Count from 1 to 99.", ignore_eos=True, temperature=0.0)
         deltas = iter(stream)
         next(deltas)
@@ -187,7 +187,39 @@ def test_a_dead_engine_fails_its_requests_and_ends_the_server() -> None:
         with pytest.raises(Unavailable, match="signal 9"):
             for _ in deltas:
                 pass
-        assert served.process.wait(20) == 1
+        assert served.process.wait(20) == 3
+
+
+def test_a_dead_engine_is_replaced() -> None:
+    with serving("--restart-backoff", "0.1") as served:
+        dead = served.engine()
+        dead.kill()
+        with Client(served.target, attempts=1) as client:
+            deadline = time.monotonic() + 60
+            while True:
+                try:
+                    answer = client.generate([{"role": "user", "content": "What is 12 + 7?"}])
+                    break
+                except Unavailable:
+                    assert time.monotonic() < deadline, "it never came back"
+                    time.sleep(0.1)
+        assert answer.text == "12 + 7 = 19"
+        assert served.engine().pid != dead.pid
+        served.until_idle()
+        assert served.end() == 0
+
+
+def test_a_second_sigterm_ends_what_the_first_let_run() -> None:
+    with serving() as served, Client(served.target, attempts=1) as client:
+        endless = {"ignore_eos": True, "temperature": 0.0, "max_tokens": 1000}
+        deltas = iter(client.chat("Count from 1 to 99.", **endless))
+        next(deltas)
+        served.process.send_signal(signal.SIGTERM)
+        next(deltas)
+        time.sleep(0.3)
+        assert served.process.poll() is None
+        assert served.end() == 0
+        assert [delta.finish_reason for delta in deltas][-1] == "shutdown"
 
 
 def test_a_template_that_loops_costs_one_request(tmp_path: Path) -> None:

@@ -1,0 +1,89 @@
+"""Keeps a model's engine running: a dead or hung one is replaced, later and later."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+
+from zllm.errors import ConfigError
+from zllm.runtime.config import EngineConfig
+from zllm.runtime.messages import EngineReady
+from zllm.service.config import ServerConfig
+from zllm.service.engine_client import EngineClient
+from zllm.service.supervisor import ENGINE_COMMAND, EngineProcess
+
+log = logging.getLogger(__name__)
+
+MAX_BACKOFF_S = 60.0
+STEADY_S = 60.0
+"""An engine that served for so long has recovered: its failures are counted anew."""
+
+Add = Callable[[EngineReady, EngineClient], Awaitable[None]]
+
+
+class KeptEngine:
+    """`add` hears of each engine that is ready, the first one and every one in its place."""
+
+    def __init__(
+        self,
+        server: ServerConfig,
+        config: EngineConfig,
+        add: Add,
+        *,
+        command: Sequence[str] = ENGINE_COMMAND,
+    ) -> None:
+        self._server = server
+        self._config = config
+        self._add = add
+        self._command = command
+        self._process: EngineProcess | None = None
+
+    @property
+    def healthy(self) -> bool:
+        return self._process is not None and self._process.client.healthy
+
+    async def start(self) -> None:
+        """Returns when the engine serves. Raises ConfigError with what it said."""
+        self._process = process = EngineProcess(
+            self._config, timeout=self._server.engine_timeout, command=self._command
+        )
+        await self._add(await process.start(), process.client)
+
+    async def keep(self) -> str:
+        """Restarts the engine whenever it is lost; returns how it went the last time, after more
+        than `max_restarts` failures in a row."""
+        failures = 0
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        why = await self._until_lost()
+        while True:
+            failures = 1 if loop.time() - began > STEADY_S else failures + 1
+            if failures > self._server.max_restarts:
+                return why
+            pause = min(self._server.restart_backoff * 2 ** (failures - 1), MAX_BACKOFF_S)
+            log.error("%s; restart %d in %.1f s", why, failures, pause)
+            await asyncio.sleep(pause)
+            try:
+                await self.start()
+                began = loop.time()
+                why = await self._until_lost()
+            except ConfigError as error:
+                began = loop.time()
+                why = str(error)
+
+    async def stop(self) -> None:
+        """Ends the engine, by force if it must."""
+        if self._process is not None:
+            await self._process.stop()
+
+    async def _until_lost(self) -> str:
+        """Returns how the engine was lost, when nothing of it is left."""
+        process = self._process
+        if process is None:
+            raise ConfigError("the engine was not started")
+        why = await process.until_lost()
+        process.kill()
+        process.client.bury(why)
+        await process.stop()
+        return why
