@@ -13,6 +13,7 @@ from typing import Any, Self
 
 import grpc
 
+from zllm.clients.credentials import Tls, key_metadata
 from zllm.clients.failures import to_error
 from zllm.clients.request import Message, Prompt, build_request
 from zllm.clients.results import (
@@ -80,8 +81,20 @@ class AsyncStream:
 class AsyncClient:
     """Talks to one server. Errors are those of zllm.errors, or TimeoutError."""
 
-    def __init__(self, target: str = "127.0.0.1:50051", *, attempts: int = MAX_ATTEMPTS) -> None:
-        self._channel = grpc.aio.insecure_channel(target, options=channel_options(attempts))
+    def __init__(
+        self,
+        target: str = "127.0.0.1:50051",
+        *,
+        attempts: int = MAX_ATTEMPTS,
+        api_key: str = "",
+        tls: Tls | None = None,
+    ) -> None:
+        options = channel_options(attempts)
+        if tls is None:
+            self._channel = grpc.aio.insecure_channel(target, options=options)
+        else:
+            self._channel = grpc.aio.secure_channel(target, tls.credentials(), options=options)
+        self._metadata = key_metadata(api_key)
         self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
         self._models = models_pb2_grpc.ModelServiceStub(self._channel)
 
@@ -90,14 +103,16 @@ class AsyncClient:
     ) -> Completion:
         """One whole answer to text, token ids or chat messages; see build_request for options."""
         request = build_request(prompt, **options)
-        return read_completion(await _call(self._generation.Generate, request, timeout))
+        return read_completion(await self._call(self._generation.Generate, request, timeout))
 
     def stream(
         self, prompt: Prompt, *, timeout: float | None = None, **options: Any
     ) -> AsyncStream:
         """The same, as it comes."""
         request = build_request(prompt, **options)
-        return AsyncStream(self._generation.StreamGenerate(request, timeout=timeout))
+        return AsyncStream(
+            self._generation.StreamGenerate(request, timeout=timeout, metadata=self._metadata)
+        )
 
     def chat(
         self, messages: str | Sequence[Message], *, timeout: float | None = None, **options: Any
@@ -108,7 +123,7 @@ class AsyncClient:
         return self.stream(turns, timeout=timeout, **options)
 
     async def models(self, *, timeout: float | None = None) -> list[ModelInfo]:
-        answer = await _call(self._models.ListModels, models_pb2.ListModelsRequest(), timeout)
+        answer = await self._call(self._models.ListModels, models_pb2.ListModelsRequest(), timeout)
         return [read_model(model) for model in answer.models]
 
     async def tokenize(
@@ -117,7 +132,7 @@ class AsyncClient:
         request = models_pb2.TokenizeRequest(
             model=model, text=text, add_special_tokens=add_special_tokens
         )
-        return list((await _call(self._models.Tokenize, request, None)).ids)
+        return list((await self._call(self._models.Tokenize, request, None)).ids)
 
     async def detokenize(
         self, ids: list[int], *, model: str = "", skip_special_tokens: bool = False
@@ -125,10 +140,16 @@ class AsyncClient:
         request = models_pb2.DetokenizeRequest(
             model=model, ids=ids, skip_special_tokens=skip_special_tokens
         )
-        return str((await _call(self._models.Detokenize, request, None)).text)
+        return str((await self._call(self._models.Detokenize, request, None)).text)
 
     async def close(self) -> None:
         await self._channel.close()
+
+    async def _call(self, method: Any, request: object, timeout: float | None) -> Any:
+        try:
+            return await method(request, timeout=timeout, metadata=self._metadata)
+        except grpc.RpcError as failure:
+            raise to_error(failure) from None
 
     async def __aenter__(self) -> Self:
         return self
@@ -140,10 +161,3 @@ class AsyncClient:
         trace: TracebackType | None,
     ) -> None:
         await self.close()
-
-
-async def _call(method: Any, request: object, timeout: float | None) -> Any:
-    try:
-        return await method(request, timeout=timeout)
-    except grpc.RpcError as failure:
-        raise to_error(failure) from None

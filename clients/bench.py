@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from zllm.clients.aio import AsyncClient
+from zllm.clients.credentials import Tls
 from zllm.clients.results import ModelInfo
 from zllm.errors import ZllmError
 
@@ -53,6 +54,8 @@ class Workload:
     """Of the prompt's tokens, those that all requests have in common."""
     output_len: int = 64
     seed: int = 0
+    api_key: str = field(default="", repr=False)
+    tls: Tls | None = None
 
 
 def run(workload: Workload) -> dict[str, float | int | str]:
@@ -61,7 +64,9 @@ def run(workload: Workload) -> dict[str, float | int | str]:
 
 
 async def _run(workload: Workload) -> dict[str, float | int | str]:
-    async with AsyncClient(workload.target, attempts=1) as client:
+    async with AsyncClient(
+        workload.target, attempts=1, api_key=workload.api_key, tls=workload.tls
+    ) as client:
         models = await client.models(timeout=30)
         chosen = [m for m in models if workload.model in ("", m.name)]
         if not chosen:

@@ -14,6 +14,7 @@ from typing import Any, Self
 
 import grpc
 
+from zllm.clients.credentials import Tls, key_metadata
 from zllm.clients.failures import to_error
 from zllm.clients.request import Message, Prompt, build_request
 from zllm.clients.results import (
@@ -81,8 +82,20 @@ class Stream:
 class Client:
     """Talks to one server. Errors are those of zllm.errors, or TimeoutError."""
 
-    def __init__(self, target: str = "127.0.0.1:50051", *, attempts: int = MAX_ATTEMPTS) -> None:
-        self._channel = grpc.insecure_channel(target, options=channel_options(attempts))
+    def __init__(
+        self,
+        target: str = "127.0.0.1:50051",
+        *,
+        attempts: int = MAX_ATTEMPTS,
+        api_key: str = "",
+        tls: Tls | None = None,
+    ) -> None:
+        options = channel_options(attempts)
+        if tls is None:
+            self._channel = grpc.insecure_channel(target, options=options)
+        else:
+            self._channel = grpc.secure_channel(target, tls.credentials(), options=options)
+        self._metadata = key_metadata(api_key)
         self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
         self._models = models_pb2_grpc.ModelServiceStub(self._channel)
 
@@ -91,12 +104,14 @@ class Client:
     ) -> Completion:
         """One whole answer to text, token ids or chat messages; see build_request for options."""
         request = build_request(prompt, **options)
-        return read_completion(_call(self._generation.Generate, request, timeout))
+        return read_completion(self._call(self._generation.Generate, request, timeout))
 
     def stream(self, prompt: Prompt, *, timeout: float | None = None, **options: Any) -> Stream:
         """The same, as it comes."""
         request = build_request(prompt, **options)
-        return Stream(self._generation.StreamGenerate(request, timeout=timeout))
+        return Stream(
+            self._generation.StreamGenerate(request, timeout=timeout, metadata=self._metadata)
+        )
 
     def chat(
         self, messages: str | Sequence[Message], *, timeout: float | None = None, **options: Any
@@ -107,7 +122,7 @@ class Client:
         return self.stream(turns, timeout=timeout, **options)
 
     def models(self, *, timeout: float | None = None) -> list[ModelInfo]:
-        answer = _call(self._models.ListModels, models_pb2.ListModelsRequest(), timeout)
+        answer = self._call(self._models.ListModels, models_pb2.ListModelsRequest(), timeout)
         return [read_model(model) for model in answer.models]
 
     def tokenize(
@@ -116,7 +131,7 @@ class Client:
         request = models_pb2.TokenizeRequest(
             model=model, text=text, add_special_tokens=add_special_tokens
         )
-        return list(_call(self._models.Tokenize, request, None).ids)
+        return list(self._call(self._models.Tokenize, request, None).ids)
 
     def detokenize(
         self, ids: list[int], *, model: str = "", skip_special_tokens: bool = False
@@ -124,7 +139,7 @@ class Client:
         request = models_pb2.DetokenizeRequest(
             model=model, ids=ids, skip_special_tokens=skip_special_tokens
         )
-        return str(_call(self._models.Detokenize, request, None).text)
+        return str(self._call(self._models.Detokenize, request, None).text)
 
     def wait_ready(self, timeout: float) -> None:
         """Until a connection stands. Raises TimeoutError."""
@@ -136,6 +151,12 @@ class Client:
     def close(self) -> None:
         self._channel.close()
 
+    def _call(self, method: Any, request: object, timeout: float | None) -> Any:
+        try:
+            return method(request, timeout=timeout, metadata=self._metadata)
+        except grpc.RpcError as failure:
+            raise to_error(failure) from None
+
     def __enter__(self) -> Self:
         return self
 
@@ -146,10 +167,3 @@ class Client:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def _call(method: Any, request: object, timeout: float | None) -> Any:
-    try:
-        return method(request, timeout=timeout)
-    except grpc.RpcError as failure:
-        raise to_error(failure) from None

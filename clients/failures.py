@@ -8,10 +8,12 @@ from google.rpc import error_details_pb2, status_pb2
 
 from zllm.errors import (
     EngineError,
+    Forbidden,
     InvalidRequest,
     Overloaded,
     RequestError,
     RequestExists,
+    Unauthenticated,
     Unavailable,
     UnknownModel,
     UnsupportedRequest,
@@ -43,6 +45,10 @@ def to_error(failure: grpc.RpcError) -> Exception:
         return Unavailable(text, _retry_after(details))
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return TimeoutError(text)
+    if code is grpc.StatusCode.UNAUTHENTICATED:
+        return Unauthenticated(text)
+    if code is grpc.StatusCode.PERMISSION_DENIED:
+        return Forbidden(text)
     if code is grpc.StatusCode.INTERNAL:
         return EngineError(text)
     return ZllmError(f"{code.name}: {text}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from dataclasses import dataclass
 
 from zllm.errors import ConfigError
@@ -18,7 +19,22 @@ class ServerConfig:
     admin_port: int = 50052
     reflection: bool | None = None
     """None: only where `host` is loopback."""
+    tls_cert: str = ""
+    """PEM files, here and below; empty: none."""
+    tls_key: str = ""
+    tls_client_ca: str = ""
+    """Clients need a certificate that it signed."""
+    api_keys: str = ""
+    """A file as service/auth.py says; empty: no key is asked for."""
+    insecure: bool = False
+    """Listen beyond loopback without TLS."""
     max_message_bytes: int = 16 * 1024 * 1024
+    max_prompt_tokens: int = 0
+    """0: as many as the context takes."""
+    max_connections: int = 4096
+    max_streams_per_connection: int = 4096
+    """Calls that a client has open beyond it wait in the client."""
+    max_metadata_bytes: int = 16 * 1024
     queue_timeout: float = 0.0
     """Seconds that a request without its own may wait for its first step; 0: for ever."""
     shutdown_grace: float = 30.0
@@ -46,9 +62,42 @@ class ServerConfig:
             raise ConfigError(f"engine_timeout is {self.engine_timeout}: it must be above 0 s")
         if self.max_restarts < 0:
             raise ConfigError(f"max_restarts is {self.max_restarts}: it must be 0 or more")
+        if self.max_prompt_tokens < 0:
+            raise ConfigError(
+                f"max_prompt_tokens is {self.max_prompt_tokens}: it must be 0 (no limit) or more"
+            )
+        for name in ("max_connections", "max_streams_per_connection"):
+            value = getattr(self, name)
+            if not 1 <= value < 2**31:
+                raise ConfigError(f"{name} is {value}: it must be at least 1")
+        if not 1024 <= self.max_metadata_bytes <= 2**20:
+            raise ConfigError(
+                f"max_metadata_bytes is {self.max_metadata_bytes}: it must be in 1024..1048576"
+            )
+        self._check_exposure()
         if self.max_message_bytes < 1024:
             raise ConfigError(
                 f"max_message_bytes is {self.max_message_bytes}: it must be at least 1024"
+            )
+
+    def _check_exposure(self) -> None:
+        if bool(self.tls_cert) != bool(self.tls_key):
+            raise ConfigError(
+                "tls_cert and tls_key go together: give both --tls-cert and --tls-key"
+            )
+        if self.tls_client_ca and not self.tls_cert:
+            raise ConfigError("tls_client_ca needs TLS: give --tls-cert and --tls-key as well")
+        if self.insecure:
+            return
+        if not (self.tls_cert or is_loopback(self.host)):
+            raise ConfigError(
+                f"host {self.host} is not loopback, and without TLS others may read along: "
+                "give --tls-cert and --tls-key, or --insecure where the network is trusted"
+            )
+        if not (self.tls_client_ca or is_loopback(self.admin_host)):
+            raise ConfigError(
+                f"admin_host {self.admin_host} is not loopback, and AdminService asks for no key: "
+                "give --tls-client-ca, or --insecure where the network is trusted"
             )
 
     @property
@@ -57,4 +106,10 @@ class ServerConfig:
 
 
 def is_loopback(host: str) -> bool:
-    return host in ("localhost", "::1", "[::1]") or host.startswith("127.")
+    """By the address itself: a name other than localhost may resolve to anything."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.removeprefix("[").removesuffix("]")).is_loopback
+    except ValueError:
+        return False

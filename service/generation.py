@@ -19,6 +19,7 @@ from zllm.service.prompts import prompt_ids
 from zllm.service.rpc import Context
 from zllm.service.served_model import Models, ServedModel
 from zllm.service.streams import Delta, Finish, Stream
+from zllm.service.tenants import current_caller
 from zllm.service.validation import check_options, fit_prompt
 from zllm.v1 import generation_pb2, types_pb2
 
@@ -39,11 +40,13 @@ class _Run:
 
 
 class GenerationService:
-    def __init__(self, models: Models, queue_timeout: float) -> None:
+    def __init__(self, models: Models, queue_timeout: float, max_prompt_tokens: int = 0) -> None:
         self._models = models
         self._queue_timeout = queue_timeout
-        self._live: dict[str, _Run | None] = {}
-        """By request id; None until the engine was sent it."""
+        self._max_prompt_tokens = max_prompt_tokens
+        self._live: dict[tuple[str, str], _Run | None] = {}
+        """By tenant and request id, as no tenant may learn of another's ids; None until the engine
+        was sent it."""
         self._idle = asyncio.Event()
         self._idle.set()
         self.draining = False
@@ -57,11 +60,13 @@ class GenerationService:
         return len(self._live)
 
     def abort(self, request_ids: Iterable[str] | None) -> list[str]:
-        """Ends these requests, or all, with FINISH_REASON_ABORTED and what they have; returns
-        those that were waiting or running in an engine."""
+        """Ends these requests, of every tenant, or all, with FINISH_REASON_ABORTED and what they
+        have; returns those that were waiting or running in an engine."""
+        wanted = None if request_ids is None else set(request_ids)
         aborted = []
-        for request_id in list(self._live) if request_ids is None else request_ids:
-            run = self._live.get(request_id)
+        for (_, request_id), run in list(self._live.items()):
+            if wanted is not None and request_id not in wanted:
+                continue
             if run is not None and not run.stream.over:
                 run.model.engine.end([run.engine_id], FinishReason.ABORTED)
                 aborted.append(request_id)
@@ -70,43 +75,48 @@ class GenerationService:
     async def Generate(
         self, request: generation_pb2.GenerateRequest, context: Context
     ) -> generation_pb2.GenerateResponse:
-        request_id = self._claim(request)
-        try:
-            run = await self._submit(request, request_id, min_tokens=WHOLE)
+        with current_caller().request() as caller:
+            request_id = self._claim(request)
             try:
-                delta = await run.stream.take_whole()
+                run = await self._submit(request, request_id, min_tokens=WHOLE)
+                try:
+                    delta = await run.stream.take_whole()
+                finally:
+                    run.model.engine.release(run.engine_id)
+                    caller.charge(run.stream.completion_tokens)
             finally:
-                run.model.engine.release(run.engine_id)
-        finally:
-            self._unclaim(request_id)
+                self._unclaim(request_id)
         return _whole_answer(run, delta)
 
     async def StreamGenerate(
         self, request: generation_pb2.GenerateRequest, context: Context
     ) -> None:
-        request_id = self._claim(request)
-        try:
-            run = await self._submit(request, request_id)
+        with current_caller().request() as caller:
+            request_id = self._claim(request)
             try:
-                await _write_stream(run, context)
+                run = await self._submit(request, request_id)
+                try:
+                    await _write_stream(run, context)
+                finally:
+                    # Cancelled, vanished, expired or done: what still runs is aborted.
+                    run.model.engine.release(run.engine_id)
+                    caller.charge(run.stream.completion_tokens)
             finally:
-                # Cancelled, vanished, expired or done: what still runs is aborted.
-                run.model.engine.release(run.engine_id)
-        finally:
-            self._unclaim(request_id)
+                self._unclaim(request_id)
 
     def _claim(self, request: generation_pb2.GenerateRequest) -> str:
         if self.draining:
             raise Unavailable("the server is draining")
         request_id = request.request_id or uuid.uuid4().hex
-        if request_id in self._live:
+        live_id = (current_caller().tenant, request_id)
+        if live_id in self._live:
             raise RequestExists("request_id", f"{request_id[:200]!r} is that of a live request")
-        self._live[request_id] = None
+        self._live[live_id] = None
         self._idle.clear()
         return request_id
 
     def _unclaim(self, request_id: str) -> None:
-        self._live.pop(request_id, None)
+        self._live.pop((current_caller().tenant, request_id), None)
         if not self._live:
             self._idle.set()
 
@@ -116,10 +126,13 @@ class GenerationService:
         request_id: str,
         min_tokens: int | None = None,
     ) -> _Run:
-        model = self._models.find(request.model)
+        caller = current_caller()
+        model = caller.find(self._models, request.model)
         options = check_options(request, model, self._queue_timeout)
         prompt = await prompt_ids(request, model)
-        prompt, stopping = fit_prompt(request, prompt, options, model.max_context_tokens)
+        prompt, stopping = fit_prompt(
+            request, prompt, options, model.max_context_tokens, self._max_prompt_tokens
+        )
         output = request.output
         skip_special = not output.HasField("skip_special_tokens") or output.skip_special_tokens
         stream = Stream(
@@ -141,14 +154,16 @@ class GenerationService:
                 stopping=stopping,
                 num_logprobs=options.num_logprobs,
                 priority=request.priority,
-                salt=request.cache.salt,
+                salt=caller.salt(request.cache.salt),
                 bypass_cache=request.cache.bypass,
                 queue_timeout=options.queue_timeout,
+                tenant=caller.tenant,
             ),
             stream,
         )
+        caller.charge(len(prompt))
         run = _Run(request, request_id, model, prompt, stream, engine_id)
-        self._live[request_id] = run
+        self._live[caller.tenant, request_id] = run
         return run
 
 

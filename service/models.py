@@ -6,6 +6,7 @@ from zllm.errors import InvalidRequest
 from zllm.service.prompts import encode_text
 from zllm.service.rpc import Context
 from zllm.service.served_model import Models
+from zllm.service.tenants import current_caller
 from zllm.service.validation import Check
 from zllm.v1 import models_pb2
 
@@ -19,20 +20,21 @@ class ModelService:
     async def ListModels(
         self, request: models_pb2.ListModelsRequest, context: Context
     ) -> models_pb2.ListModelsResponse:
-        served = [model.to_message() for model in self._models.by_name.values()]
+        visible = current_caller().visible(self._models)
+        served = [model.to_message() for model in visible.by_name.values()]
         return models_pb2.ListModelsResponse(models=served)
 
     async def GetModel(
         self, request: models_pb2.GetModelRequest, context: Context
     ) -> models_pb2.GetModelResponse:
         return models_pb2.GetModelResponse(
-            model=self._models.find(request.name, "name").to_message()
+            model=current_caller().find(self._models, request.name, "name").to_message()
         )
 
     async def Tokenize(
         self, request: models_pb2.TokenizeRequest, context: Context
     ) -> models_pb2.TokenizeResponse:
-        model = self._models.find(request.model)
+        model = current_caller().find(self._models, request.model)
         ids = await encode_text(model, request.text, add_special_tokens=request.add_special_tokens)
         return models_pb2.TokenizeResponse(
             ids=ids, tokens=[model.tokenizer.token_bytes(token_id) for token_id in ids]
@@ -41,7 +43,7 @@ class ModelService:
     async def Detokenize(
         self, request: models_pb2.DetokenizeRequest, context: Context
     ) -> models_pb2.DetokenizeResponse:
-        model = self._models.find(request.model)
+        model = current_caller().find(self._models, request.model)
         if len(request.ids) > MAX_DETOKENIZE_IDS:
             raise InvalidRequest("ids", f"{len(request.ids)} ids; at most {MAX_DETOKENIZE_IDS} go")
         check = Check()

@@ -16,7 +16,9 @@ from google.protobuf import message_factory
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 
 from zllm.errors import UnsupportedRequest, ZllmError
+from zllm.service.auth import ApiKeys
 from zllm.service.status import abort
+from zllm.service.tenants import set_caller
 from zllm.service.wire import Parsed, parser
 
 log = logging.getLogger(__name__)
@@ -25,30 +27,46 @@ Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 Method = Callable[[Any, Context], Awaitable[Any]]
 
 
-def add_service(server: grpc.aio.Server, service: ServiceDescriptor, servicer: object) -> None:
-    """Methods that the servicer does not have answer UNIMPLEMENTED by name."""
-    handlers = {m.name: _handler(m, getattr(servicer, m.name, None)) for m in service.methods}
+def add_service(
+    server: grpc.aio.Server,
+    service: ServiceDescriptor,
+    servicer: object,
+    keys: ApiKeys | None = None,
+) -> None:
+    """Methods that the servicer does not have answer UNIMPLEMENTED by name. With `keys`, a call
+    needs one."""
+    handlers = {m.name: _handler(m, getattr(servicer, m.name, None), keys) for m in service.methods}
     server.add_generic_rpc_handlers(
         (grpc.method_handlers_generic_handler(service.full_name, handlers),)
     )
 
 
-def _handler(method: MethodDescriptor, function: Method | None) -> grpc.RpcMethodHandler[Any, Any]:
+def _handler(
+    method: MethodDescriptor, function: Method | None, keys: ApiKeys | None
+) -> grpc.RpcMethodHandler[Any, Any]:
     kind = (
         grpc.unary_stream_rpc_method_handler
         if method.server_streaming
         else grpc.unary_unary_rpc_method_handler
     )
     return kind(
-        _answering(function or _missing(method)),
-        request_deserializer=parser(message_factory.GetMessageClass(method.input_type)),
+        _answering(
+            function or _missing(method),
+            parser(message_factory.GetMessageClass(method.input_type)),
+            keys,
+        ),
+        # Not parsed by gRPC: nobody's bytes are before the caller is known.
+        request_deserializer=None,
         response_serializer=message_factory.GetMessageClass(method.output_type).SerializeToString,
     )
 
 
-def _answering(function: Method) -> Method:
-    async def answer(request: Parsed, context: Context) -> Any:
+def _answering(function: Method, parse: Callable[[bytes], Parsed], keys: ApiKeys | None) -> Method:
+    async def answer(data: bytes, context: Context) -> Any:
         try:
+            if keys is not None:
+                set_caller(keys.caller(dict(context.invocation_metadata() or ())))
+            request = parse(data)
             if isinstance(request, ZllmError):
                 raise request
             return await function(request, context)

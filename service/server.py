@@ -15,16 +15,21 @@ from zllm.errors import ConfigError
 from zllm.runtime.config import EngineConfig
 from zllm.runtime.messages import FinishReason
 from zllm.service.admin import AdminService
-from zllm.service.config import ServerConfig
+from zllm.service.auth import ApiKeys
+from zllm.service.config import ServerConfig, is_loopback
 from zllm.service.generation import GenerationService
 from zllm.service.health import Health
 from zllm.service.models import ModelService
 from zllm.service.rpc import add_service
 from zllm.service.served_model import Models, ServedModel
+from zllm.service.tls import server_credentials
 from zllm.v1 import admin_pb2, generation_pb2, models_pb2
 
 MAX_PENDING_REQUESTS = 20_000
 """Requests that gRPC holds for the event loop: 10,000 may come at once."""
+
+KEYED_SERVICES = ("zllm.v1.GenerationService", "zllm.v1.ModelService")
+
 LAST_WRITES_S = 0.5
 """How long the final messages of ended streams get to leave."""
 
@@ -39,10 +44,18 @@ class Server:
         self._config = config
         self._models = Models()
         self._health = Health()
-        self._generation = GenerationService(self._models, config.queue_timeout)
+        self._generation = GenerationService(
+            self._models, config.queue_timeout, config.max_prompt_tokens
+        )
         self._admin = AdminService(
             self._models, version, config, list(engines), self._generation, self.drain
         )
+        self._keys = ApiKeys(config.api_keys) if config.api_keys else None
+        self._credentials: grpc.ServerCredentials | None = None
+        if config.tls_cert:
+            self._credentials = server_credentials(
+                config.tls_cert, config.tls_key, config.tls_client_ca
+            )
         self._public = grpc.aio.server(options=_options(config))
         self._private = grpc.aio.server(options=_options(config))
         services = [
@@ -60,9 +73,15 @@ class Server:
         """Listens; requests are UNAVAILABLE until add(). Raises ConfigError where a port is
         taken."""
         config = self._config
-        self.port = _listen(self._public, config.host, config.port, "--port")
+        credentials = self._credentials
+        self.port = _listen(self._public, config.host, config.port, "--port", credentials)
+        # On loopback the admin listener stays plain: its certificate would be for another name.
         self.admin_port = _listen(
-            self._private, config.admin_host, config.admin_port, "--admin-port"
+            self._private,
+            config.admin_host,
+            config.admin_port,
+            "--admin-port",
+            None if is_loopback(config.admin_host) else credentials,
         )
         await self._health.set_now(False)
         await self._public.start()
@@ -109,14 +128,16 @@ class Server:
         models = self._models.by_name.values()
         return bool(models) and all(model.engine.healthy for model in models)
 
-    @staticmethod
     def _add(
+        self,
         server: grpc.aio.Server,
         services: Sequence[tuple[ServiceDescriptor, object]],
         shows_reflection: bool,
     ) -> None:
         for descriptor, servicer in services:
-            add_service(server, descriptor, servicer)
+            # Health and the admin listener, which is apart, ask for no key.
+            asks = descriptor.full_name in KEYED_SERVICES
+            add_service(server, descriptor, servicer, self._keys if asks else None)
         if shows_reflection:
             names = [descriptor.full_name for descriptor, _ in services]
             reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], server)
@@ -130,6 +151,11 @@ def _options(config: ServerConfig) -> list[tuple[str, int]]:
         # burst would be refused without a word. Admission is ours, and says RESOURCE_EXHAUSTED.
         ("grpc.server.max_pending_requests", MAX_PENDING_REQUESTS),
         ("grpc.server.max_pending_requests_hard_limit", 2 * MAX_PENDING_REQUESTS),
+        ("grpc.max_concurrent_streams", config.max_streams_per_connection),
+        ("grpc.max_allowed_incoming_connections", config.max_connections),
+        # The first is where refusals by chance would begin; both at one value refuse none below.
+        ("grpc.max_metadata_size", config.max_metadata_bytes),
+        ("grpc.absolute_max_metadata_size", config.max_metadata_bytes),
         # A second server on the same port is an error, not a silent half of the traffic.
         ("grpc.so_reuseport", 0),
         # Notices clients that vanished without a word; tolerates clients that ping.
@@ -141,12 +167,22 @@ def _options(config: ServerConfig) -> list[tuple[str, int]]:
     ]
 
 
-def _listen(server: grpc.aio.Server, host: str, port: int, flag: str) -> int:
+def _listen(
+    server: grpc.aio.Server,
+    host: str,
+    port: int,
+    flag: str,
+    credentials: grpc.ServerCredentials | None,
+) -> int:
+    address = join_address(host, port)
     try:
-        bound = server.add_insecure_port(join_address(host, port))
+        if credentials is None:
+            bound = server.add_insecure_port(address)
+        else:
+            bound = server.add_secure_port(address, credentials)
     except RuntimeError as error:
         raise ConfigError(
-            f"cannot listen on {join_address(host, port)}: it is taken or not this machine's; "
+            f"cannot listen on {address}: it is taken or not this machine's; "
             f"choose another with {flag}, or 0 for a free one"
         ) from error
     return int(bound)

@@ -11,10 +11,12 @@ from google.rpc import error_details_pb2, status_pb2
 
 from zllm.errors import (
     EngineError,
+    Forbidden,
     InvalidRequest,
     Overloaded,
     RequestError,
     RequestExists,
+    Unauthenticated,
     Unavailable,
     UnknownModel,
     UnsupportedRequest,
@@ -28,6 +30,8 @@ _CODES: list[tuple[type[ZllmError], grpc.StatusCode]] = [
     (UnsupportedRequest, grpc.StatusCode.UNIMPLEMENTED),
     (UnknownModel, grpc.StatusCode.NOT_FOUND),
     (RequestExists, grpc.StatusCode.ALREADY_EXISTS),
+    (Unauthenticated, grpc.StatusCode.UNAUTHENTICATED),
+    (Forbidden, grpc.StatusCode.PERMISSION_DENIED),
     (Overloaded, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (Unavailable, grpc.StatusCode.UNAVAILABLE),
     (EngineError, grpc.StatusCode.INTERNAL),

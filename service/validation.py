@@ -117,10 +117,15 @@ def check_options(
 
 
 def fit_prompt(
-    request: generation_pb2.GenerateRequest, prompt: list[int], options: Options, context: int
+    request: generation_pb2.GenerateRequest,
+    prompt: list[int],
+    options: Options,
+    context: int,
+    max_prompt_tokens: int = 0,
 ) -> tuple[list[int], Stopping]:
     """The prompt after truncation, and the stopping rules with max_tokens settled.
-    Raises BadFields where prompt and output do not fit the context."""
+    Raises BadFields where prompt and output do not fit the context, or the prompt not the
+    server's own limit (0: none)."""
     check = Check()
     field = request.WhichOneof("prompt") or "prompt"
     if request.HasField("truncate_prompt_tokens"):
@@ -132,6 +137,12 @@ def fit_prompt(
             field,
             f"the prompt has {len(prompt)} tokens and the context {context}, one of them for the "
             "output: shorten it or set truncate_prompt_tokens",
+        )
+    elif 0 < max_prompt_tokens < len(prompt):
+        check.wrong(
+            field,
+            f"the prompt has {len(prompt)} tokens and this server takes {max_prompt_tokens}: "
+            "shorten it or set truncate_prompt_tokens",
         )
     fits = 0 < len(prompt) < context
     room = context - len(prompt) if fits else context

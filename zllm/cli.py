@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import zllm
-from zllm.errors import RequestError, ZllmError
+from zllm.errors import ConfigError, RequestError, ZllmError
 
 DEFAULT_TARGET = "127.0.0.1:50051"
 
@@ -101,7 +101,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     from zllm.clients.client import Client
 
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
-    with Client(arguments.target) as client:
+    with Client(arguments.target, **_access(arguments)) as client:
         for delta in client.stream(prompt, **_sampling(arguments)):
             print(delta.text, end="", flush=True)
     print()
@@ -119,7 +119,7 @@ def _chat(arguments: argparse.Namespace) -> int:
     from zllm.clients.client import Client
 
     messages = [{"role": "system", "content": arguments.system}] if arguments.system else []
-    with Client(arguments.target) as client:
+    with Client(arguments.target, **_access(arguments)) as client:
         while True:
             try:
                 turn = input("> " if sys.stdin.isatty() else "")
@@ -142,8 +142,37 @@ def _chat(arguments: argparse.Namespace) -> int:
             messages.append({"role": "assistant", "content": "".join(answer)})
 
 
-def _add_sampling(parser: argparse.ArgumentParser) -> None:
+def _add_access(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", default=DEFAULT_TARGET, help=f"default: {DEFAULT_TARGET}")
+    # A key on the command line would be in every process list.
+    parser.add_argument(
+        "--api-key-file", type=Path, metavar="FILE", help="default: $ZLLM_API_KEY, where it is set"
+    )
+    parser.add_argument("--tls", action="store_true", help="implied by the three that follow")
+    parser.add_argument("--tls-ca", default="", metavar="FILE", help="default: gRPC's own roots")
+    parser.add_argument("--tls-cert", default="", metavar="FILE", help="the client's own")
+    parser.add_argument("--tls-key", default="", metavar="FILE", help="of the client's certificate")
+
+
+def _access(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The clients' arguments that say who calls, and over what. Raises ConfigError."""
+    from zllm.clients.credentials import Tls
+
+    key = os.environ.get("ZLLM_API_KEY", "")
+    file: Path | None = arguments.api_key_file
+    if file is not None:
+        try:
+            key = file.read_text().strip()
+        except OSError as error:
+            raise ConfigError(f"--api-key-file {file}: {error.strerror}") from None
+    files = (arguments.tls_ca, arguments.tls_cert, arguments.tls_key)
+    encrypted = arguments.tls or any(files)
+    tls = Tls(ca=files[0], cert=files[1], key=files[2]) if encrypted else None
+    return {"api_key": key, "tls": tls}
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    _add_access(parser)
     parser.add_argument("--model", help="default: the server's first")
     parser.add_argument("--max-tokens", type=int, help="default: to the end of the context")
     parser.add_argument("--temperature", type=float, help="0 is greedy; default: the model's")
@@ -161,7 +190,7 @@ def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     bench = commands.add_parser("bench", help="load a server and measure its latencies")
-    bench.add_argument("--target", default=DEFAULT_TARGET, help=f"default: {DEFAULT_TARGET}")
+    _add_access(bench)
     bench.add_argument("--model", default="", help="default: the server's first")
     bench.add_argument("--num-requests", type=int, default=200)
     bench.add_argument("--concurrency", type=int, default=16, help="requests open at once, at most")
@@ -180,7 +209,8 @@ def _bench(arguments: argparse.Namespace) -> int:
     from zllm.clients.bench import Workload, run
 
     names = {field.name for field in fields(Workload)}
-    report = run(Workload(**{k: v for k, v in vars(arguments).items() if k in names}))
+    given = {k: v for k, v in vars(arguments).items() if k in names}
+    report = run(Workload(**given | _access(arguments)))
     if arguments.json:
         print(json.dumps(report))
     else:

@@ -36,6 +36,14 @@ class UnsupportedRequest(RequestError):
     """A field of the contract that this server does not implement (UNIMPLEMENTED)."""
 
 
+class Unauthenticated(ZllmError):
+    """The call has no API key, or one that is not known (UNAUTHENTICATED)."""
+
+
+class Forbidden(ZllmError):
+    """The API key does not allow this (PERMISSION_DENIED)."""
+
+
 class UnknownModel(RequestError):
     """The `model` field names nothing that is served (NOT_FOUND)."""
 

@@ -116,8 +116,8 @@ async def test_reflection_is_a_flag_and_on_for_loopback(flag: bool | None, shown
 
 
 def test_reflection_is_off_beyond_loopback() -> None:
-    assert not ServerConfig(host="0.0.0.0").shows_reflection
-    assert ServerConfig(host="0.0.0.0", reflection=True).shows_reflection
+    assert not ServerConfig(host="0.0.0.0", insecure=True).shows_reflection
+    assert ServerConfig(host="0.0.0.0", insecure=True, reflection=True).shows_reflection
 
 
 async def test_a_taken_port_is_a_config_error_that_says_what_to_do() -> None:
