@@ -1,6 +1,6 @@
-"""Where a decode step's time goes: kernels by time, and the gaps between steps.
+"""Where the time of decode steps and of prompts goes: kernels by time, and the gaps between them.
 
-python benchmarks/gpu/profile_step.py 0.6b --sequences 64 [--trace FILE]
+python benchmarks/gpu/profile_step.py 0.6b --sequences 64 --prompts 1x1024 64x1024 [--trace FILE]
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ STEPS = 20
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
-    parser.add_argument("--sequences", type=int, nargs="+", default=[1, 64])
+    parser.add_argument("--sequences", type=int, nargs="*", default=[1, 64])
+    parser.add_argument("--prompts", nargs="*", default=[], help="COUNTxLENGTH")
     parser.add_argument("--trace", type=Path)
     options = parser.parse_args()
     bench = offline.Bench(options.model)
@@ -58,15 +59,23 @@ def main() -> None:
             for _ in range(STEPS):
                 bench.engine.step()
             torch.cuda.synchronize()
-        _report(profiler)
+        _report(profiler, STEPS)
         if options.trace:
             profiler.export_chrome_trace(str(options.trace))
         bench.engine.abort([10_000 + index for index in range(sequences)])
         while bench.engine.has_work():
             bench.engine.step()
+    for prompts in options.prompts:
+        count, length = map(int, prompts.split("x"))
+        took = bench.prefill(count, length, 3)
+        print(f"{prompts} prompts: {took * 1e3:.2f} ms to their first tokens")
+        with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
+            bench.prefill(count, length, 1)
+            torch.cuda.synchronize()
+        _report(profiler, 1)
 
 
-def _report(profiler: profile) -> None:
+def _report(profiler: profile, steps: int) -> None:
     kernels = sorted(
         (event for event in profiler.events() if event.device_type.name == "CUDA"),
         key=lambda event: event.time_range.start,
@@ -84,12 +93,12 @@ def _report(profiler: profile) -> None:
         print("  no kernel was traced")
         return
     span = end - kernels[0].time_range.start
-    print(f"  device: {span / STEPS:.1f} us a step, busy {busy / span:.1%}")
+    print(f"  device: {span / steps:.1f} us a step, busy {busy / span:.1%}")
     print(f"  longest gaps: {[round(gap, 1) for gap in sorted(idle, reverse=True)[:8]]} us")
     for name, times in sorted(by_name.items(), key=lambda item: -sum(item[1]))[:14]:
         total = sum(times)
         each = total / len(times)
-        print(f"  {total / STEPS:8.1f} us  {len(times) / STEPS:6.1f} x {each:7.2f}  {name}")
+        print(f"  {total / steps:8.1f} us  {len(times) / steps:6.1f} x {each:7.2f}  {name}")
 
 
 if __name__ == "__main__":
