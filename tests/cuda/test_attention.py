@@ -169,6 +169,30 @@ def attention_for(library: KernelLibrary, case: Case, portable: bool = False) ->
     )
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "kv_dtype", "portable"),
+    [
+        (128, BF16, BF16, False),
+        (128, BF16, BF16, True),
+        (128, BF16, FP8, False),
+        (64, FP16, FP8, True),
+        (96, FP16, FP16, False),
+        (64, FP32, FP32, False),
+    ],
+)
+def test_every_kernel_small(
+    library: KernelLibrary,
+    head_dim: int,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    portable: bool,
+) -> None:
+    shape = [(1, 0), (1, 17), (1, 300), (40, 3), (20, 3000)]  # the last is cut along its keys
+    case = make_case(shape, heads=4, kv_heads=1, head_dim=head_dim, dtype=dtype, kv_dtype=kv_dtype)
+    attention = attention_for(library, case, portable)
+    case.check(case.run(attention, case.plan(attention)))
+
+
 @pytest.mark.parametrize("portable", [False, True])
 @pytest.mark.parametrize("group", [1, 2, 4, 7, 8, 16])
 @pytest.mark.parametrize("dtype", [BF16, FP16])

@@ -131,7 +131,16 @@ def test_equals_float64(products: SkinnyLinear, m: int, n: int, k: int, dtype: t
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("n", "k"), [(32, 72), (2048, 1024), (2064, 4104), (12304, 2056)])
+@pytest.mark.parametrize(
+    ("n", "k"),
+    [
+        pytest.param(32, 72, id="small"),
+        pytest.param(272, 2056, id="small-split-over-k"),
+        (2048, 1024),
+        (2064, 4104),
+        (12304, 2056),
+    ],
+)
 @pytest.mark.parametrize("m", [1, 6, 8, 11, 16, 29, 64])
 def test_fused_parts_equal_their_separate_float64(
     products: SkinnyLinear, m: int, n: int, k: int
