@@ -49,12 +49,11 @@ class _Ticket:
 
     done: torch.cuda.Event
     step: int
-    arena: npt.NDArray[np.int32]
-    """The host's copy, which stays as it is until the step is collected."""
     num_rows: int
     sampled_rows: npt.NDArray[np.intp]
-    sampled: Sampled | None
-    """Log-probabilities on the device, where some row asked for them."""
+    extras: tuple[torch.Tensor | None, ...]
+    """Log-probabilities, ranks and the most likely, on their way to pinned memory; empty where no
+    row asked for them."""
     failed: bool
     """The step could not run: every row of it ends with an error."""
 
@@ -168,6 +167,11 @@ class CudaRunner:
             _log.warning("step %d ran out of GPU memory, trying again: %s", plan.step, error)
             torch.cuda.empty_cache()
             sampled, failed = self._run_again(plan)
+        extras: tuple[torch.Tensor | None, ...] = ()
+        if sampled is not None and sampled.logprobs is not None:
+            # Copied behind this step: asked for in `collect`, they would wait for the next one.
+            found = (sampled.logprobs, sampled.ranks, sampled.top_ids, sampled.top_logprobs)
+            extras = tuple(x if x is None else x.to("cpu", non_blocking=True) for x in found)
         done = torch.cuda.Event()
         done.record()
         if plan.num_sampled == plan.num_rows:
@@ -175,7 +179,7 @@ class CudaRunner:
         else:
             start = host[layout.H_FLAGS]
             rows = np.flatnonzero(host[start : start + plan.num_rows] & layout.F_SAMPLE)
-        return _Ticket(done, plan.step, host, plan.num_rows, rows, sampled, failed)
+        return _Ticket(done, plan.step, plan.num_rows, rows, extras, failed)
 
     def collect(self, ticket: _Ticket) -> StepResult:
         ticket.done.synchronize()
@@ -184,15 +188,9 @@ class CudaRunner:
         if ticket.failed:
             return StepResult(np.full(num_rows, -1, np.int32))
         tokens = self._step.host_tokens[ticket.step & 1, :count].numpy().copy()
-        if (tokens < 0).any():
-            self._scrub(ticket.arena, rows[tokens < 0])
-        sampled = ticket.sampled
-        if sampled is None or sampled.logprobs is None:
-            return StepResult(spread_rows(tokens, num_rows, rows))
-        extras = (sampled.logprobs, sampled.ranks, sampled.top_ids, sampled.top_logprobs)
         found = [
-            None if x is None else spread_rows(x[:count].cpu().numpy(), num_rows, rows)
-            for x in extras
+            None if x is None else spread_rows(x[:count].numpy(), num_rows, rows)
+            for x in ticket.extras
         ]
         return StepResult(spread_rows(tokens, num_rows, rows), *found)
 
@@ -288,18 +286,3 @@ class CudaRunner:
         end.record()
         end.synchronize()
         return float(start.elapsed_time(end)) / 1e3
-
-    def _scrub(self, arena: npt.NDArray[np.int32], failed: npt.NDArray[np.intp]) -> None:
-        """Make failed rows' cache finite: whoever gets their blocks next multiplies what is masked
-        by 0, and NaN would survive that. A step in flight that still writes more of it fails too,
-        and is scrubbed in its turn."""
-        start = arena[layout.H_ROWS]
-        rows = torch.from_numpy(arena[start + failed].astype(np.int64)).to(self.device)
-        blocks = self._tables.block_table[rows].unique().long()
-        by_block = self._cache.by_block()
-        if by_block.dtype == torch.float8_e4m3fn:
-            bits = by_block.view(torch.uint8)
-            found = bits[blocks]
-            bits.index_copy_(0, blocks, found.masked_fill(found & 0x7F == 0x7F, 0))
-        else:
-            by_block.index_copy_(0, blocks, by_block[blocks].nan_to_num(0.0, 0.0, 0.0))

@@ -235,3 +235,31 @@ def test_a_poisoned_request_fails_alone(tmp_path: Path) -> None:
         tokens = greedy(hf_model, prompt, 20)
         until = tokens.index(5) + 1 if 5 in tokens else 20
         assert answer.tokens[:until] == tokens[:until]
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["bf16", "fp8_e4m3"])
+@pytest.mark.parametrize("eager", [False, True])
+def test_what_a_failed_request_leaves_in_its_blocks_reaches_nobody(
+    tmp_path: Path, kv_cache_dtype: str, eager: bool
+) -> None:
+    hf_model = make_hf_model(head_dim=HEAD, hidden_size=64, intermediate_size=96)
+    with torch.no_grad():
+        hf_model.model.embed_tokens.weight[5] = float("nan")
+    server = Server(
+        save(hf_model, tmp_path),
+        device="cuda",
+        dtype="bfloat16",
+        kv_cache_dtype=kv_cache_dtype,
+        enforce_eager=eager,
+        enable_prefix_caching=False,
+        num_kv_blocks=40,
+    )
+    clean = [
+        Request([token for token in prompt if token != 5] or [1], 20, index)
+        for index, prompt in enumerate(PROMPTS)
+    ]
+    before = [answer.tokens for answer in server.serve(clean)]
+    # Long enough to have had every block.
+    poisoned = server.serve([Request([5] * 100, 20, index) for index in range(8)])
+    assert {answer.finish for answer in poisoned} == {FinishReason.ERROR}
+    assert [answer.tokens for answer in server.serve(clean)] == before
