@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 
 from zllm.errors import ConfigError
-from zllm.runtime.config import BLOCK_SIZE
 
 _GIB = 1024**3
 _GRAPH_RESERVE = 512 * 1024**2
@@ -77,13 +76,3 @@ def plan_memory(
             f"max_num_batched_tokens, raise gpu_memory_utilization, or take a smaller model"
         )
     return MemoryPlan(total, usable, other, weights, step, block_bytes, num_blocks)
-
-
-def pool_line(num_blocks: int, block_bytes: int, max_model_len: int) -> str:
-    """How many requests of full length the pool holds."""
-    full = num_blocks / -(-max_model_len // BLOCK_SIZE)
-    return (
-        f"KV cache: {num_blocks:,} blocks of {BLOCK_SIZE} tokens, "
-        f"{num_blocks * block_bytes / _GIB:.2f} GiB: {full:,.1f} requests of full length "
-        f"({max_model_len:,} tokens)"
-    )

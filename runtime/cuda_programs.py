@@ -14,7 +14,6 @@ from zllm.cuda.attention import AttentionSpec
 from zllm.cuda.compiler import Program
 from zllm.cuda.launcher import KernelLibrary
 from zllm.cuda.linear import SkinnyLinear
-from zllm.errors import ConfigError
 from zllm.runtime import cuda_step
 from zllm.runtime.config import EngineConfig
 from zllm.runtime.model_config import ModelConfig
@@ -40,16 +39,11 @@ class StepShape:
         dtype = model.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
         name = config.kv_cache_dtype
         kv_dtype = dtype if name == "auto" else _KV_DTYPES.get(name) or getattr(torch, name)
-        limit = model.max_position_embeddings
-        if config.max_model_len is not None and config.max_model_len > limit:
-            raise ConfigError(
-                f"max_model_len is {config.max_model_len}: the model's positions end at {limit}"
-            )
         max_tokens = config.max_num_batched_tokens or _MAX_NUM_BATCHED_TOKENS
         return StepShape(
             max_tokens=max(max_tokens, config.max_num_seqs),
             max_rows=config.max_num_seqs,
-            max_model_len=config.max_model_len or limit,
+            max_model_len=model.context_length(config.max_model_len),
             dtype=dtype,
             attention=AttentionSpec(
                 model.num_heads, model.num_kv_heads, model.head_dim, dtype, kv_dtype

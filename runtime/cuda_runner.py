@@ -25,12 +25,12 @@ from zllm.native import arena as layout
 from zllm.native.scheduler import Plan
 from zllm.runtime.config import BLOCK_SIZE, EngineConfig
 from zllm.runtime.cuda_graphs import StepGraphs, bucket_of, choose_buckets
-from zllm.runtime.cuda_memory import plan_memory, pool_line
+from zllm.runtime.cuda_memory import plan_memory
 from zllm.runtime.cuda_ops import CudaOps
 from zllm.runtime.cuda_programs import StepShape, compile_kernels
 from zllm.runtime.cuda_step import EDITS, CudaStep
 from zllm.runtime.hub import resolve_model
-from zllm.runtime.kv_cache import allocate_kv_cache, block_bytes
+from zllm.runtime.kv_cache import allocate_kv_cache, block_bytes, pool_line
 from zllm.runtime.loader import dummy_weights, load_weights, weights_bytes
 from zllm.runtime.model_config import ModelConfig
 from zllm.runtime.model_runner import StepResult, spread_rows

@@ -94,6 +94,16 @@ def copy_blocks(source: KVCache, target: KVCache, pairs: Tensor) -> None:
         target.by_block().index_copy_(0, targets, moved)
 
 
+def pool_line(num_blocks: int, block_bytes: int, max_model_len: int) -> str:
+    """How many requests of full length a pool of so many blocks holds."""
+    full = num_blocks / -(-max_model_len // BLOCK_SIZE)
+    return (
+        f"KV cache: {num_blocks:,} blocks of {BLOCK_SIZE} tokens, "
+        f"{num_blocks * block_bytes / 1024**3:,.2f} GiB: {full:,.1f} requests of full length "
+        f"({max_model_len:,} tokens)"
+    )
+
+
 def _zeros(
     shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, pinned: bool
 ) -> Tensor:

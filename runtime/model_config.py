@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from zllm.errors import ModelLoadError
+from zllm.errors import ConfigError, ModelLoadError
 
 _DTYPES = {
     "float32": torch.float32,
@@ -89,6 +89,15 @@ class ModelConfig:
         layer += 3 * self.hidden_size * self.intermediate_size
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
         return self.num_layers * layer + embeddings
+
+    def context_length(self, max_model_len: int | None) -> int:
+        """Tokens of the longest request where memory allows it. Raises ConfigError."""
+        limit = self.max_position_embeddings
+        if max_model_len is not None and max_model_len > limit:
+            raise ConfigError(
+                f"max_model_len is {max_model_len}: the model's positions end at {limit}"
+            )
+        return max_model_len or limit
 
     @classmethod
     def from_folder(cls, folder: Path) -> ModelConfig:

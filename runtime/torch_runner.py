@@ -15,7 +15,13 @@ from zllm.native import arena as layout
 from zllm.native.scheduler import Plan
 from zllm.runtime.config import BLOCK_SIZE, EngineConfig
 from zllm.runtime.hub import resolve_model
-from zllm.runtime.kv_cache import KVCache, allocate_kv_cache, block_bytes, copy_blocks
+from zllm.runtime.kv_cache import (
+    KVCache,
+    allocate_kv_cache,
+    block_bytes,
+    copy_blocks,
+    pool_line,
+)
 from zllm.runtime.loader import dummy_weights, load_weights, weights_bytes
 from zllm.runtime.model_config import ModelConfig
 from zllm.runtime.model_runner import StepResult, spread_rows
@@ -61,15 +67,12 @@ class TorchRunner:
         self.ops = TorchOps(self.device)
         self.model = model(model_config, weights, self.max_model_len, self.device)
         self.arenas = (np.zeros(0, np.int32), np.zeros(0, np.int32))
-        usable = self.num_kv_blocks - 1
-        full = usable / -(-self.max_model_len // BLOCK_SIZE)
         name = str(self.dtype).removeprefix("torch.")
         self.report = [
             f"model: {model_config.architecture}, {model_config.num_parameters / 1e6:,.1f} M "
-            f"parameters, {_size(weights_bytes(weights))} in {name}",
+            f"parameters, {weights_bytes(weights) / 1024**2:,.1f} MiB in {name}",
             f"device: cpu, {torch.get_num_threads()} threads",
-            f"KV cache: {usable:,} blocks of {BLOCK_SIZE} tokens, {_size(usable * per_block)}: "
-            f"{full:,.1f} requests of full length ({self.max_model_len:,} tokens)",
+            pool_line(self.num_kv_blocks - 1, per_block, self.max_model_len),
         ]
 
     def allocate_arenas(self, num_words: int) -> None:
@@ -159,10 +162,7 @@ def _kv_dtype(config: EngineConfig, dtype: torch.dtype) -> torch.dtype:
 
 def _pool(config: EngineConfig, model: ModelConfig, per_block: int) -> tuple[int, int]:
     """The pool's blocks (block 0 included) and the longest request."""
-    limit = model.max_position_embeddings
-    wanted_len = config.max_model_len or limit
-    if wanted_len > limit:
-        raise ConfigError(f"max_model_len is {wanted_len}: the model's positions end at {limit}")
+    wanted_len = model.context_length(config.max_model_len)
     if config.num_kv_blocks is not None:
         # Blocks that requests may use; a request longer than the pool is refused on its own.
         return config.num_kv_blocks + 1, wanted_len
@@ -189,9 +189,3 @@ def _available_memory() -> int:
         pass
     # Not Linux: half of what is installed.
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-
-
-def _size(num_bytes: int) -> str:
-    if num_bytes >= _GIB:
-        return f"{num_bytes / _GIB:,.2f} GiB"
-    return f"{num_bytes / 1024**2:,.1f} MiB"
