@@ -16,7 +16,7 @@ BLOCK_SIZE = 16
 
 Policy = Literal["fcfs", "priority", "sjf", "lpm", "fair"]
 DType = Literal["auto", "float32", "float16", "bfloat16"]
-KVCacheDType = Literal["auto", "float32", "float16", "bfloat16", "fp8_e4m3"]
+KVCacheDType = Literal["auto", "fp32", "fp16", "bf16", "fp8_e4m3"]
 Device = Literal["auto", "cpu", "cuda"]
 
 

@@ -16,10 +16,10 @@ from zllm.cuda.launcher import KernelLibrary
 from zllm.cuda.linear import SkinnyLinear
 from zllm.runtime import cuda_step
 from zllm.runtime.config import EngineConfig
+from zllm.runtime.kv_cache import kv_cache_dtype
 from zllm.runtime.model_config import ModelConfig
 
 _MAX_NUM_BATCHED_TOKENS = 8192
-_KV_DTYPES = {"fp8_e4m3": torch.float8_e4m3fn}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +37,7 @@ class StepShape:
     def of(config: EngineConfig, model: ModelConfig) -> StepShape:
         """Raises ConfigError where the settings and the model do not agree."""
         dtype = model.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
-        name = config.kv_cache_dtype
-        kv_dtype = dtype if name == "auto" else _KV_DTYPES.get(name) or getattr(torch, name)
+        kv_dtype = kv_cache_dtype(config.kv_cache_dtype, dtype)
         max_tokens = config.max_num_batched_tokens or _MAX_NUM_BATCHED_TOKENS
         return StepShape(
             max_tokens=max(max_tokens, config.max_num_seqs),

@@ -21,10 +21,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zllm.runtime.config import BLOCK_SIZE
+from zllm.runtime.config import BLOCK_SIZE, KVCacheDType
 from zllm.runtime.model_config import ModelConfig
 
 Layout = Literal["block_major", "layer_major"]
+
+_DTYPES = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp8_e4m3": torch.float8_e4m3fn,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +61,11 @@ class KVCache:
             return self.data.view(blocks, 1, -1)
         layers = self.data.shape[0]
         return self.data.view(2 * layers, blocks, -1).transpose(0, 1)
+
+
+def kv_cache_dtype(name: KVCacheDType, dtype: torch.dtype) -> torch.dtype:
+    """The cache's type by its name in the configuration; auto is the activations' dtype."""
+    return dtype if name == "auto" else _DTYPES[name]
 
 
 def block_bytes(config: ModelConfig, dtype: torch.dtype) -> int:

@@ -20,6 +20,7 @@ from zllm.runtime.kv_cache import (
     allocate_kv_cache,
     block_bytes,
     copy_blocks,
+    kv_cache_dtype,
     pool_line,
 )
 from zllm.runtime.loader import dummy_weights, load_weights, weights_bytes
@@ -152,10 +153,10 @@ def _by_row(sampled: Sampled, num_rows: int, rows: npt.NDArray[np.intp]) -> Step
 
 
 def _kv_dtype(config: EngineConfig, dtype: torch.dtype) -> torch.dtype:
-    if config.kv_cache_dtype not in ("auto", str(dtype).removeprefix("torch.")):
+    if kv_cache_dtype(config.kv_cache_dtype, dtype) != dtype:
         raise ConfigError(
             f"kv_cache_dtype is {config.kv_cache_dtype!r}: on the CPU it must be 'auto', the "
-            f"model's own type"
+            f"activations' own {dtype}"
         )
     return dtype
 
