@@ -10,8 +10,6 @@ from contextlib import suppress
 
 import msgspec
 import numpy as np
-import zmq
-import zmq.asyncio
 
 from zllm.errors import ConfigError, InvalidRequest, Overloaded, Unavailable
 from zllm.runtime.messages import (
@@ -28,6 +26,7 @@ from zllm.runtime.messages import (
     StepOutput,
     ToEngine,
 )
+from zllm.service.engine_socket import EngineSocket
 from zllm.service.streams import Stream
 
 log = logging.getLogger(__name__)
@@ -44,9 +43,7 @@ class EngineClient:
     def __init__(
         self, address: str, *, timeout: float, on_health: Callable[[bool], None] | None = None
     ) -> None:
-        self._context = zmq.asyncio.Context()
-        self._socket = self._context.socket(zmq.PAIR)
-        self._socket.connect(address)
+        self._socket = EngineSocket(address)
         self._timeout = timeout
         self.on_health = on_health
         self._streams: dict[int, Stream] = {}
@@ -55,19 +52,21 @@ class EngineClient:
         self._healthy = False
         self._lost: str | None = None
         self._flushes: deque[asyncio.Future[int]] = deque()
-        self._tasks: list[asyncio.Task[None]] = []
+        self._first: asyncio.Future[FromEngine] | None = None
+        self._watcher: asyncio.Task[None] | None = None
         self.load = Load()
         self._history: deque[tuple[float, Load]] = deque()
 
     async def connect(self) -> EngineReady:
         """Waits for the engine's first message. Raises ConfigError with the engine's own words."""
-        message = _decode(await self._socket.recv())
+        self._first = asyncio.get_running_loop().create_future()
+        self._socket.listen(self._hear)
+        message = await self._first
         if isinstance(message, EngineFailed):
             raise ConfigError(message.message)
         if not isinstance(message, EngineReady):
             raise ConfigError(f"the engine began with {type(message).__name__}")
-        self._last_heard = asyncio.get_running_loop().time()
-        self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._watch())]
+        self._watcher = asyncio.create_task(self._watch())
         self._set_healthy(True)
         return message
 
@@ -101,8 +100,9 @@ class EngineClient:
 
     def bury(self, why: str) -> None:
         """The engine's process is gone for good."""
-        for task in self._tasks:
-            task.cancel()
+        if self._watcher is not None:
+            self._watcher.cancel()
+        self._socket.close()
         self.lose(why)
 
     def lose(self, why: str) -> None:
@@ -158,36 +158,45 @@ class EngineClient:
 
     async def close(self) -> None:
         """Stops listening. An engine that still talks would wait for a listener for ever."""
-        for task in self._tasks:
-            task.cancel()
+        if self._watcher is not None:
+            self._watcher.cancel()
             with suppress(asyncio.CancelledError):
-                await task
+                await self._watcher
         self._set_healthy(False)
-        self._context.destroy(linger=0)
+        self._socket.close()
 
     def _send(self, message: ToEngine) -> None:
-        # Sent at once, or queued by zmq.asyncio in order; a dead engine's queue is dropped.
-        if not self._socket.closed:
-            self._socket.send(_encode(message))
+        self._socket.send(_encode(message))
 
-    async def _receive(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            message = _decode(await self._socket.recv())
-            now = self._last_heard = loop.time()
-            if not self._healthy:
-                self._set_healthy(True)
-            if isinstance(message, StepOutput):
-                self.load = message.load
-                self._route(message)
-            elif isinstance(message, Heartbeat):
-                self.load = message.load
-            elif isinstance(message, CacheFlushed) and self._flushes:
-                answer = self._flushes.popleft()
-                if not answer.done():
-                    answer.set_result(message.blocks)
-            if not self._history or now - self._history[-1][0] >= 1.0:
-                self._remember(now)
+    def _hear(self, messages: list[bytes]) -> None:
+        now = self._last_heard = asyncio.get_running_loop().time()
+        try:
+            for data in messages:
+                self._take(_decode(data))
+        except msgspec.DecodeError as error:
+            # What it said is lost, and so are the streams that it spoke of.
+            log.error("the engine sent what is no message: %s", error)
+            self.lose("the engine sent what is no message")
+            if self._first is not None and not self._first.done():
+                self._first.set_exception(ConfigError("the engine began with what is no message"))
+            return
+        if not self._history or now - self._history[-1][0] >= 1.0:
+            self._remember(now)
+
+    def _take(self, message: FromEngine) -> None:
+        if self._first is not None and not self._first.done():
+            self._first.set_result(message)
+            return
+        self._set_healthy(True)
+        if isinstance(message, StepOutput):
+            self.load = message.load
+            self._route(message)
+        elif isinstance(message, Heartbeat):
+            self.load = message.load
+        elif isinstance(message, CacheFlushed) and self._flushes:
+            answer = self._flushes.popleft()
+            if not answer.done():
+                answer.set_result(message.blocks)
 
     def _route(self, step: StepOutput) -> None:
         streams = self._streams

@@ -6,22 +6,48 @@ import asyncio
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
+import zmq
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.service.harness import Harness, running
 from tests.service.stub_engine import StubEngine
 from zllm.errors import ConfigError, Unavailable
 from zllm.runtime.config import EngineConfig
+from zllm.runtime.detokenizer import Detokenizer
 from zllm.runtime.embedded import EMBEDDED_MODEL
+from zllm.runtime.messages import AddRequest, Heartbeat, Load, Sampling, Stopping
+from zllm.runtime.tokenizer import load_tokenizer
+from zllm.service.engine_client import EngineClient
+from zllm.service.streams import Stream
 from zllm.service.supervisor import EngineProcess
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 STUB = (sys.executable, str(Path(__file__).parent / "stub_engine.py"))
 CONFIG = EngineConfig(model=EMBEDDED_MODEL)
+
+
+NO_MESSAGE = b"\xc1"
+"""The one byte that msgpack never uses."""
+
+
+@pytest.fixture
+def raw_engine(tmp_path: Path) -> Iterator[zmq.Socket[bytes]]:
+    """An engine's end of the socket, for a test to speak through."""
+    context = zmq.Context()
+    socket = context.socket(zmq.PAIR)
+    socket.bind(f"ipc://{tmp_path}/engine.sock")
+    yield socket
+    context.destroy(linger=0)
+
+
+def address_of(socket: zmq.Socket[bytes]) -> str:
+    return socket.get(zmq.LAST_ENDPOINT).rstrip(b"\0").decode()
 
 
 async def health(server: Harness, service: str = "") -> int:
@@ -49,6 +75,35 @@ async def test_a_hung_engine_fails_its_requests_and_comes_back() -> None:
         await until_health(server, SERVING)
         assert (await server.client.generate("abc", max_tokens=2)).text == "ab"
         await server.until_idle()
+
+
+async def test_what_is_no_message_fails_the_streams_that_it_may_have_spoken_of(
+    raw_engine: zmq.Socket[bytes],
+) -> None:
+    client = EngineClient(address_of(raw_engine), timeout=60)
+    raw_engine.send(msgspec.msgpack.encode(StubEngine().ready()))
+    await client.connect()
+    stream = Stream(Detokenizer(load_tokenizer(EMBEDDED_MODEL)))
+    client.submit(AddRequest(0, b"\0" * 4, Sampling(), Stopping(max_tokens=1)), stream)
+    raw_engine.send(NO_MESSAGE)
+    with pytest.raises(Unavailable, match="no message"):
+        await stream.take()
+    assert not client.healthy
+    raw_engine.send(msgspec.msgpack.encode(Heartbeat(Load())))
+    async with asyncio.timeout(5):
+        while not client.healthy:
+            await asyncio.sleep(0.01)
+    await client.close()
+
+
+async def test_an_engine_that_begins_with_what_is_no_message_does_not_start(
+    raw_engine: zmq.Socket[bytes],
+) -> None:
+    client = EngineClient(address_of(raw_engine), timeout=60)
+    raw_engine.send(NO_MESSAGE)
+    with pytest.raises(ConfigError, match="no message"):
+        await client.connect()
+    await client.close()
 
 
 async def test_an_idle_engine_stays_healthy() -> None:
