@@ -19,11 +19,13 @@ import random
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from random_checkpoint import write_checkpoint
 
 from zllm import LLM, SamplingParams
 from zllm.runtime.engine import Engine
@@ -66,11 +68,11 @@ def ceilings() -> dict[str, float]:
 class Bench:
     """`LLM` on random weights, and the load that is put on it. Token ids in, token ids out."""
 
-    def __init__(self, name: str, **options: Any) -> None:
+    def __init__(self, name: str, checkpoint: Path | None = None, **options: Any) -> None:
         start = time.perf_counter()
         self.llm = LLM(
-            HERE / "models" / f"qwen3-{name}",
-            load_format="dummy",
+            checkpoint or HERE / "models" / f"qwen3-{name}",
+            load_format="auto" if checkpoint else "dummy",
             enable_prefix_caching=False,
             **options,
         )
@@ -139,19 +141,28 @@ def roofline_ms(name: str, sequences: int, read_tb_s: float) -> float:
     return (weights + sequences * context) / read_tb_s / 1e9
 
 
-def start_to_first_token(name: str, cache: Path) -> float:
+def start_to_first_token(name: str, cache: Path, checkpoint: Path | None = None) -> float:
     """Seconds of a whole process that starts an engine and gets one token."""
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import offline;"
-        "offline.Bench(sys.argv[2]).run([[1, 2, 3]], [1])"
+        "import sys, pathlib; sys.path.insert(0, sys.argv[1]); import offline;"
+        "offline.Bench(sys.argv[2], *map(pathlib.Path, sys.argv[3:])).run([[1, 2, 3]], [1])"
     )
     start = time.perf_counter()
     subprocess.run(
-        [sys.executable, "-c", code, str(HERE), name],
+        [sys.executable, "-c", code, str(HERE), name, *([str(checkpoint)] if checkpoint else [])],
         check=True,
         env={**os.environ, "ZLLM_KERNEL_CACHE": str(cache)},
     )
     return time.perf_counter() - start
+
+
+def start_from_page_cache(name: str, cache: Path) -> float:
+    """The same from a checkpoint's files, which have just been written and so lie in memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = Path(folder)
+        write_checkpoint(HERE / "models" / f"qwen3-{name}", checkpoint, torch.device("cuda"))
+        torch.cuda.empty_cache()
+        return start_to_first_token(name, cache, checkpoint)
 
 
 def measure(name: str, found: dict[str, Any], ceiling: dict[str, float], quick: bool) -> None:
@@ -229,6 +240,9 @@ def main() -> None:
             for kind in ("cold", "cached"):
                 found[f"start_{kind}_s"] = round(start_to_first_token(name, options.start), 2)
                 print(f"  start_{kind}_s {found[f'start_{kind}_s']}", flush=True)
+        if options.start and name == options.models[-1]:
+            found["start_page_cache_s"] = round(start_from_page_cache(name, options.start), 2)
+            print(f"  start_page_cache_s {found['start_page_cache_s']}", flush=True)
         measure(name, found, ceiling, options.quick)
         if options.json:
             options.json.write_text(json.dumps(report, indent=2) + "\n")
