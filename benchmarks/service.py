@@ -31,12 +31,9 @@ import grpc
 import psutil
 import uvloop
 
-from zllm.runtime.chat_template import load_chat_template
 from zllm.runtime.config import EngineConfig
 from zllm.runtime.embedded import EMBEDDED_MODEL
-from zllm.runtime.tokenizer import load_tokenizer
 from zllm.service.config import ServerConfig
-from zllm.service.served_model import ServedModel
 from zllm.service.server import Server
 from zllm.service.supervisor import EngineProcess
 from zllm.v1 import generation_pb2
@@ -93,18 +90,10 @@ async def _serve(step_s: float, streams: int, tokens: int) -> dict[str, Any]:
         command=(sys.executable, str(HERE / "rate_engine.py")),
     )
     ready = await engine.start()
-    server = Server(ServerConfig(port=0, admin_port=0), version="bench")
+    server = Server(ServerConfig(port=0, admin_port=0))
     await server.start()
-    await server.add(
-        ServedModel(
-            name="rate",
-            card=ready.card,
-            tokenizer=load_tokenizer(EMBEDDED_MODEL),
-            chat_template=load_chat_template(EMBEDDED_MODEL),
-            engine=engine.client,
-            max_context_tokens=ready.max_model_len,
-        )
-    )
+    await server.expect("rate", EMBEDDED_MODEL)
+    server.add("rate", ready, engine.client)
     process = psutil.Process()
     before, cpu = process.memory_info().rss, process.cpu_times()
     spawn = multiprocessing.get_context("spawn")

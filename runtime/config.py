@@ -36,6 +36,9 @@ class EngineConfig:
     num_kv_blocks: int | None = None
     """Fixes the pool's size in blocks of 16 tokens; otherwise it follows from free memory."""
     gpu_memory_utilization: float = 0.9
+    memory_share: float | None = None
+    """Part of what one model alone would take, beside other models of the same server. None: an
+    even part of what they leave; alone, all of it."""
     swap_space_gib: float = 0.0
     """Pinned host memory for swapped-out sequences; 0 preempts by recompute alone."""
     enable_prefix_caching: bool = True
@@ -61,5 +64,7 @@ class EngineConfig:
             raise ConfigError(
                 f"gpu_memory_utilization is {self.gpu_memory_utilization}: it must be in (0, 1]"
             )
+        if self.memory_share is not None and not 0.0 < self.memory_share <= 1.0:
+            raise ConfigError(f"memory_share is {self.memory_share}: it must be in (0, 1]")
         if not self.swap_space_gib >= 0.0:
             raise ConfigError(f"swap_space_gib is {self.swap_space_gib}: it must be 0 or more")

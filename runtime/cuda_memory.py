@@ -19,7 +19,7 @@ class MemoryPlan:
 
     total: int
     usable: int
-    """total * gpu_memory_utilization."""
+    """This engine's share of total * gpu_memory_utilization, or what others have left of it."""
     other: int
     """The CUDA context, the libraries, and other processes on this GPU."""
     weights: int
@@ -42,9 +42,17 @@ class MemoryPlan:
         return [f"  {name:16s}{size / _GIB:8.2f} GiB" for name, size in named.items()]
 
 
+def memory_taken(device: torch.device) -> int:
+    """Bytes that torch does not hold: the CUDA context, the libraries, other processes."""
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free - torch.cuda.memory_reserved(device)
+
+
 def plan_memory(
     device: torch.device,
     *,
+    taken_before: int,
+    share: float,
     weights: int,
     step_peak: int,
     block_bytes: int,
@@ -55,14 +63,17 @@ def plan_memory(
 ) -> MemoryPlan:
     """Share out the device's memory.
 
+    taken_before: memory_taken() when this engine began; share: of what all engines of this server
+    may use, into which the others' memory does not count, though all must fit together.
     wanted_blocks: the pool's size where it is fixed; request_blocks: what one request of full
     length needs. `shrink` allows a pool that holds less. Raises ConfigError where it does not fit.
     """
-    free, total = torch.cuda.mem_get_info(device)
-    other = total - free - torch.cuda.memory_reserved(device)
-    usable = int(total * utilization)
+    total = torch.cuda.mem_get_info(device)[1]
+    other = memory_taken(device)
+    allowed = int(total * utilization)
+    usable = min(int(allowed * share), allowed - taken_before)
     step = 2 * step_peak + _GRAPH_RESERVE
-    left = usable - other - weights - step
+    left = usable - (other - taken_before) - weights - step
     # Block 0 belongs to nobody.
     fitting = max(left, 0) // block_bytes - 1
     needed = wanted_blocks or (1 if shrink else request_blocks)
@@ -70,9 +81,10 @@ def plan_memory(
     if fitting < needed:
         raise ConfigError(
             f"the GPU has {total / _GIB:.1f} GiB, of which gpu_memory_utilization={utilization} "
-            f"allows {usable / _GIB:.1f}; weights take {weights / _GIB:.1f}, a step "
-            f"{step / _GIB:.1f}, other users {other / _GIB:.1f}: {max(fitting, 0)} KV blocks are "
-            f"left and {needed} are needed. Lower max_model_len, num_kv_blocks or "
-            f"max_num_batched_tokens, raise gpu_memory_utilization, or take a smaller model"
+            f"and memory_share={share:g} allow {usable / _GIB:.1f}; weights take "
+            f"{weights / _GIB:.1f}, a step {step / _GIB:.1f}, other users {other / _GIB:.1f}: "
+            f"{max(fitting, 0)} KV blocks are left and {needed} are needed. Lower max_model_len, "
+            f"num_kv_blocks or max_num_batched_tokens, raise gpu_memory_utilization or "
+            f"memory_share, or take a smaller model"
         )
     return MemoryPlan(total, usable, other, weights, step, block_bytes, num_blocks)

@@ -25,7 +25,7 @@ from zllm.native import arena as layout
 from zllm.native.scheduler import Plan
 from zllm.runtime.config import BLOCK_SIZE, EngineConfig
 from zllm.runtime.cuda_graphs import StepGraphs, bucket_of, choose_buckets
-from zllm.runtime.cuda_memory import plan_memory
+from zllm.runtime.cuda_memory import memory_taken, plan_memory
 from zllm.runtime.cuda_ops import CudaOps
 from zllm.runtime.cuda_programs import StepShape, compile_kernels
 from zllm.runtime.cuda_step import EDITS, CudaStep
@@ -65,6 +65,7 @@ class CudaRunner:
         started = time.perf_counter()
         kernels = KernelLibrary()
         self.device = torch.device("cuda", kernels.device)
+        taken_before = memory_taken(self.device)
         folder = resolve_model(config.model)
         model_config = ModelConfig.from_folder(folder)
         self._shape = shape = StepShape.of(config, model_config)
@@ -106,6 +107,8 @@ class CudaRunner:
         per_block = block_bytes(model_config, spec.kv_dtype)
         memory = plan_memory(
             self.device,
+            taken_before=taken_before,
+            share=config.memory_share or 1.0,
             weights=size,
             step_peak=step_peak,
             block_bytes=per_block,

@@ -167,7 +167,8 @@ def _pool(config: EngineConfig, model: ModelConfig, per_block: int) -> tuple[int
     if config.num_kv_blocks is not None:
         # Blocks that requests may use; a request longer than the pool is refused on its own.
         return config.num_kv_blocks + 1, wanted_len
-    affordable = int(_available_memory() * _POOL_SHARE) // per_block
+    share = _POOL_SHARE * (config.memory_share or 1.0)
+    affordable = int(_available_memory() * share) // per_block
     if config.max_model_len is None:
         wanted_len = min(wanted_len, affordable * BLOCK_SIZE)
     needed = -(-wanted_len // BLOCK_SIZE)

@@ -44,8 +44,13 @@ class ServerConfig:
     engine_timeout: float = 3.0
     """Seconds of the engine's silence after which its requests fail; after twice that it is
     killed and started anew. Its heartbeat goes on through long steps."""
+    load_timeout: float = 600.0
+    """Seconds that a model gets to load."""
+    model_root: str = ""
+    """LoadModel takes folders within this one alone; empty: any folder."""
     max_restarts: int = 5
-    """Failures of the engine in a row, at most; one more ends the server with exit code 3."""
+    """Failures of an engine in a row, at most; one more gives its model up, and the last model's
+    ends the server with exit code 3."""
     restart_backoff: float = 1.0
     """Seconds before the first restart; doubled with each failure in a row, to a minute at most."""
 
@@ -58,8 +63,10 @@ class ServerConfig:
             value = getattr(self, name)
             if not value >= 0:
                 raise ConfigError(f"{name} is {value}: it must be 0 or more seconds")
-        if not self.engine_timeout > 0:
-            raise ConfigError(f"engine_timeout is {self.engine_timeout}: it must be above 0 s")
+        for name in ("engine_timeout", "load_timeout"):
+            value = getattr(self, name)
+            if not value > 0:
+                raise ConfigError(f"{name} is {value}: it must be above 0 s")
         if self.max_restarts < 0:
             raise ConfigError(f"max_restarts is {self.max_restarts}: it must be 0 or more")
         if self.max_prompt_tokens < 0:

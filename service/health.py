@@ -1,31 +1,44 @@
-"""grpc.health.v1 for the whole server and each of its services: it follows the engines."""
+"""grpc.health.v1 for the whole server, its services and each model: it follows the engines."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable, Mapping
 
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health import aio as health_aio
 
 SERVICES = ("", "zllm.v1.GenerationService", "zllm.v1.ModelService")
+MODEL_PREFIX = "model/"
+"""Before a model's name, which may hold slashes itself."""
+
+_SERVING = health_pb2.HealthCheckResponse.SERVING
+_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 class Health:
     def __init__(self) -> None:
         self.servicer = health_aio.HealthServicer()
+        self._told: set[str] = set()
         self._changes: set[asyncio.Task[None]] = set()
 
-    def set(self, serving: bool) -> None:
-        """Soon, in this order: a watcher that does not read must not hold up the caller."""
-        task = asyncio.create_task(self.set_now(serving))
+    def set(self, serving: bool, models: Mapping[str, bool]) -> None:
+        """Soon, in this order: a watcher that does not read must not hold up the caller. A model
+        that was told of and is not here any more turns SERVICE_UNKNOWN."""
+        gone = self._told - models.keys()
+        self._told = set(models)
+        up = dict.fromkeys(SERVICES, serving)
+        up |= {MODEL_PREFIX + name: healthy for name, healthy in models.items()}
+        task = asyncio.create_task(self._tell(up, [MODEL_PREFIX + name for name in gone]))
         self._changes.add(task)
         task.add_done_callback(self._changes.discard)
-
-    async def set_now(self, serving: bool) -> None:
-        status = health_pb2.HealthCheckResponse.ServingStatus
-        for service in SERVICES:
-            await self.servicer.set(service, status.SERVING if serving else status.NOT_SERVING)
 
     async def shut_down(self) -> None:
         """NOT_SERVING for good."""
         await self.servicer.enter_graceful_shutdown()
+
+    async def _tell(self, up: Mapping[str, bool], gone: Iterable[str]) -> None:
+        for service, serving in up.items():
+            await self.servicer.set(service, _SERVING if serving else _NOT_SERVING)
+        for service in gone:
+            await self.servicer.set(service, health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 
 from zllm.errors import ConfigError
 from zllm.runtime.config import EngineConfig
@@ -19,11 +19,12 @@ MAX_BACKOFF_S = 60.0
 STEADY_S = 60.0
 """An engine that served for so long has recovered: its failures are counted anew."""
 
-Add = Callable[[EngineReady, EngineClient], Awaitable[None]]
+Add = Callable[[EngineReady, EngineClient], None]
 
 
 class KeptEngine:
-    """`add` hears of each engine that is ready, the first one and every one in its place."""
+    """`add` hears of each engine that is ready, the first one and every one in its place. Those
+    that share the lock `loading` load one after another."""
 
     def __init__(
         self,
@@ -31,11 +32,13 @@ class KeptEngine:
         config: EngineConfig,
         add: Add,
         *,
+        loading: asyncio.Lock,
         command: Sequence[str] = ENGINE_COMMAND,
     ) -> None:
         self._server = server
         self._config = config
         self._add = add
+        self._loading = loading
         self._command = command
         self._process: EngineProcess | None = None
 
@@ -43,12 +46,15 @@ class KeptEngine:
     def healthy(self) -> bool:
         return self._process is not None and self._process.client.healthy
 
-    async def start(self) -> None:
+    async def start(self) -> EngineReady:
         """Returns when the engine serves. Raises ConfigError with what it said."""
-        self._process = process = EngineProcess(
-            self._config, timeout=self._server.engine_timeout, command=self._command
-        )
-        await self._add(await process.start(), process.client)
+        async with self._loading:
+            self._process = process = EngineProcess(
+                self._config, timeout=self._server.engine_timeout, command=self._command
+            )
+            ready = await process.start(self._server.load_timeout)
+        self._add(ready, process.client)
+        return ready
 
     async def keep(self) -> str:
         """Restarts the engine whenever it is lost; returns how it went the last time, after more

@@ -35,22 +35,34 @@ class ServedModel:
 
 @dataclass
 class Models:
-    """The served models by name; the first is the default."""
+    """The served models by name; the first is the default. `loading` are those that will come."""
 
     by_name: dict[str, ServedModel] = field(default_factory=dict)
+    loading: set[str] = field(default_factory=set)
 
     def add(self, model: ServedModel) -> None:
         self.by_name[model.name] = model
+        self.loading.discard(model.name)
+
+    def remove(self, name: str) -> ServedModel | None:
+        """Forgets the name; returns the model that it was, if it was loaded."""
+        self.loading.discard(name)
+        return self.by_name.pop(name, None)
+
+    def only(self, names: frozenset[str]) -> Models:
+        """Those of these names."""
+        served = {name: model for name, model in self.by_name.items() if name in names}
+        return Models(served, self.loading & names)
 
     def find(self, name: str, field: str = "model") -> ServedModel:
         """The model of that name, or the first where `name` is empty. Raises UnknownModel, and
-        Unavailable while none is loaded."""
-        if not self.by_name:
-            raise Unavailable("the model is still loading")
-        if not name:
+        Unavailable while it is loading."""
+        if not name and self.by_name:
             return next(iter(self.by_name.values()))
         model = self.by_name.get(name)
-        if model is None:
-            served = ", ".join(self.by_name)
-            raise UnknownModel(field, f"{name[:200]!r} is not served here; served: {served}")
-        return model
+        if model is not None:
+            return model
+        if name in self.loading or (not name and self.loading):
+            raise Unavailable("the model is still loading")
+        served = ", ".join(self.by_name) or "no model"
+        raise UnknownModel(field, f"{name[:200]!r} is not served here; served: {served}")

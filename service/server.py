@@ -1,109 +1,138 @@
-"""The gRPC listeners over the served models: one for users, one for operators."""
+"""What users talk to: the served models behind one gRPC listener."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
+from pathlib import Path
 
 import grpc
-from google.protobuf.descriptor import ServiceDescriptor
 from grpc_health.v1 import health_pb2
-from grpc_reflection.v1alpha import reflection
 
-from zllm.errors import ConfigError
-from zllm.runtime.config import EngineConfig
-from zllm.runtime.messages import FinishReason
-from zllm.service.admin import AdminService
+from zllm.runtime.chat_template import ChatTemplate, load_chat_template
+from zllm.runtime.messages import EngineReady, FinishReason
+from zllm.runtime.tokenizer import Tokenizer, load_tokenizer
 from zllm.service.auth import ApiKeys
-from zllm.service.config import ServerConfig, is_loopback
+from zllm.service.config import ServerConfig
+from zllm.service.engine_client import EngineClient
 from zllm.service.generation import GenerationService
 from zllm.service.health import Health
+from zllm.service.listener import LAST_WRITES_S, listen, make_listener
 from zllm.service.models import ModelService
-from zllm.service.rpc import add_service
 from zllm.service.served_model import Models, ServedModel
 from zllm.service.tls import server_credentials
-from zllm.v1 import admin_pb2, generation_pb2, models_pb2
+from zllm.v1 import generation_pb2, models_pb2
 
-MAX_PENDING_REQUESTS = 20_000
-"""Requests that gRPC holds for the event loop: 10,000 may come at once."""
-
-KEYED_SERVICES = ("zllm.v1.GenerationService", "zllm.v1.ModelService")
-
-LAST_WRITES_S = 0.5
-"""How long the final messages of ended streams get to leave."""
+LOOK_S = 0.05
+"""Between two looks whether a model that is leaving still has streams."""
 
 
 class Server:
-    """Listens from start() to stop(), and is healthy once it has a model whose engine is. The
-    engines are the caller's."""
+    """Listens from start() to stop(). The engines are the caller's.
 
-    def __init__(
-        self, config: ServerConfig, *, version: str, engines: Sequence[EngineConfig] = ()
-    ) -> None:
+    Health is SERVING while any model's engine speaks, once all of `awaits` have been added.
+    """
+
+    def __init__(self, config: ServerConfig, *, awaits: Collection[str] = ()) -> None:
         self._config = config
-        self._models = Models()
+        self._models = Models(loading=set(awaits))
+        self._awaits = set(awaits)
+        self._texts: dict[str, tuple[Tokenizer, ChatTemplate | None]] = {}
         self._health = Health()
+        self._draining = False
+        self._leaving: set[EngineClient] = set()
         self._generation = GenerationService(
             self._models, config.queue_timeout, config.max_prompt_tokens
         )
-        self._admin = AdminService(
-            self._models, version, config, list(engines), self._generation, self.drain
-        )
-        self._keys = ApiKeys(config.api_keys) if config.api_keys else None
+        keys = ApiKeys(config.api_keys) if config.api_keys else None
         self._credentials: grpc.ServerCredentials | None = None
         if config.tls_cert:
             self._credentials = server_credentials(
                 config.tls_cert, config.tls_key, config.tls_client_ca
             )
-        self._public = grpc.aio.server(options=_options(config))
-        self._private = grpc.aio.server(options=_options(config))
         services = [
             (generation_pb2.DESCRIPTOR.services_by_name["GenerationService"], self._generation),
             (models_pb2.DESCRIPTOR.services_by_name["ModelService"], ModelService(self._models)),
             (health_pb2.DESCRIPTOR.services_by_name["Health"], self._health.servicer),
         ]
-        self._add(self._public, services, config.shows_reflection)
-        admin = admin_pb2.DESCRIPTOR.services_by_name["AdminService"]
-        self._add(self._private, [(admin, self._admin)], config.shows_reflection)
+        self._listener = make_listener(config, services, keys)
         self.port = 0
-        self.admin_port = 0
+
+    @property
+    def models(self) -> Sequence[ServedModel]:
+        """Those whose engine has been ready, in the order of their loading."""
+        return list(self._models.by_name.values())
+
+    @property
+    def draining(self) -> bool:
+        return self._draining
 
     async def start(self) -> None:
-        """Listens; requests are UNAVAILABLE until add(). Raises ConfigError where a port is
-        taken."""
+        """Listens. Raises ConfigError where the port is taken."""
         config = self._config
-        credentials = self._credentials
-        self.port = _listen(self._public, config.host, config.port, "--port", credentials)
-        # On loopback the admin listener stays plain: its certificate would be for another name.
-        self.admin_port = _listen(
-            self._private,
-            config.admin_host,
-            config.admin_port,
-            "--admin-port",
-            None if is_loopback(config.admin_host) else credentials,
-        )
-        await self._health.set_now(False)
-        await self._public.start()
-        await self._private.start()
+        self.port = listen(self._listener, config.host, config.port, "--port", self._credentials)
+        self._follow()
+        await self._listener.start()
 
-    async def add(self, model: ServedModel) -> None:
-        """Serves this model too, from now on."""
-        self._models.add(model)
-        model.engine.on_health = self._follow
-        await self._health.set_now(self._healthy())
+    async def expect(self, name: str, folder: Path) -> None:
+        """Requests to this model are UNAVAILABLE until add(). Raises ConfigError where its folder
+        has no tokenizer or a template that cannot be read."""
+        self._models.loading.add(name)
+        self._texts[name] = await asyncio.to_thread(
+            lambda: (load_tokenizer(folder), load_chat_template(folder))
+        )
+
+    def add(self, name: str, ready: EngineReady, engine: EngineClient) -> None:
+        """Serves this model, which was expected, or an engine in place of its last one."""
+        tokenizer, chat_template = self._texts[name]
+        self._models.add(
+            ServedModel(
+                name=name,
+                card=ready.card,
+                tokenizer=tokenizer,
+                chat_template=chat_template,
+                engine=engine,
+                max_context_tokens=ready.max_model_len,
+            )
+        )
+        self._awaits.discard(name)
+        engine.on_health = self._follow
+        self._follow()
+
+    async def remove(self, name: str, grace: float = 0.0) -> None:
+        """Requests to this model are NOT_FOUND from now on; those that run get `grace` seconds
+        to finish, and the rest ends with FINISH_REASON_SHUTDOWN."""
+        self._texts.pop(name, None)
+        self._awaits.discard(name)
+        model = self._models.remove(name)
+        self._follow()
+        if model is None:
+            return
+        engine = model.engine
+        engine.on_health = None
+        self._leaving.add(engine)
+        deadline = asyncio.get_running_loop().time() + grace
+        while engine.live_streams and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(LOOK_S)
+        engine.end_all(FinishReason.SHUTDOWN)
+        self._leaving.discard(engine)
+
+    def abort(self, request_ids: Iterable[str] | None) -> list[str]:
+        """Ends these requests, or all; returns those that were waiting or running."""
+        return self._generation.abort(request_ids)
 
     async def stop(self, grace: float, hurry: asyncio.Event | None = None) -> None:
-        """Drains, and closes both listeners."""
+        """Drains, and closes the listener."""
         await self.drain(grace, hurry)
-        await asyncio.gather(self._public.stop(LAST_WRITES_S), self._private.stop(LAST_WRITES_S))
+        await self._listener.stop(LAST_WRITES_S)
 
     async def drain(self, grace: float, hurry: asyncio.Event | None = None) -> int:
         """NOT_SERVING for good; after `drain_delay` new work is refused; running requests get
         `grace` seconds or until `hurry`, and the rest ends with FINISH_REASON_SHUTDOWN. Returns
         how many those were. No grace: no delay either."""
-        delay = self._config.drain_delay if grace > 0 and not self._admin.draining else 0.0
-        self._admin.draining = True
+        delay = self._config.drain_delay if grace > 0 and not self._draining else 0.0
+        self._draining = True
         await self._health.shut_down()
         hurried = asyncio.create_task((hurry or asyncio.Event()).wait())
         if delay:
@@ -112,8 +141,8 @@ class Server:
         idle = asyncio.create_task(self._generation.idle())
         await asyncio.wait({hurried, idle}, timeout=grace, return_when=asyncio.FIRST_COMPLETED)
         remaining = self._generation.num_live
-        for model in self._models.by_name.values():
-            model.engine.end_all(FinishReason.SHUTDOWN)
+        for engine in {model.engine for model in self.models} | self._leaving:
+            engine.end_all(FinishReason.SHUTDOWN)
         await asyncio.wait({idle}, timeout=LAST_WRITES_S)
         for task in (hurried, idle):
             task.cancel()
@@ -122,71 +151,5 @@ class Server:
         return remaining
 
     def _follow(self, _: bool = True) -> None:
-        self._health.set(self._healthy())
-
-    def _healthy(self) -> bool:
-        models = self._models.by_name.values()
-        return bool(models) and all(model.engine.healthy for model in models)
-
-    def _add(
-        self,
-        server: grpc.aio.Server,
-        services: Sequence[tuple[ServiceDescriptor, object]],
-        shows_reflection: bool,
-    ) -> None:
-        for descriptor, servicer in services:
-            # Health and the admin listener, which is apart, ask for no key.
-            asks = descriptor.full_name in KEYED_SERVICES
-            add_service(server, descriptor, servicer, self._keys if asks else None)
-        if shows_reflection:
-            names = [descriptor.full_name for descriptor, _ in services]
-            reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], server)
-
-
-def _options(config: ServerConfig) -> list[tuple[str, int]]:
-    return [
-        ("grpc.max_receive_message_length", config.max_message_bytes),
-        ("grpc.max_send_message_length", -1),
-        # gRPC's own queue cancels requests at random beyond 1,000 that wait for the event loop: a
-        # burst would be refused without a word. Admission is ours, and says RESOURCE_EXHAUSTED.
-        ("grpc.server.max_pending_requests", MAX_PENDING_REQUESTS),
-        ("grpc.server.max_pending_requests_hard_limit", 2 * MAX_PENDING_REQUESTS),
-        ("grpc.max_concurrent_streams", config.max_streams_per_connection),
-        ("grpc.max_allowed_incoming_connections", config.max_connections),
-        # The first is where refusals by chance would begin; both at one value refuse none below.
-        ("grpc.max_metadata_size", config.max_metadata_bytes),
-        ("grpc.absolute_max_metadata_size", config.max_metadata_bytes),
-        # A second server on the same port is an error, not a silent half of the traffic.
-        ("grpc.so_reuseport", 0),
-        # Notices clients that vanished without a word; tolerates clients that ping.
-        ("grpc.keepalive_time_ms", 30_000),
-        ("grpc.keepalive_timeout_ms", 10_000),
-        ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.http2.max_pings_without_data", 0),
-        ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-    ]
-
-
-def _listen(
-    server: grpc.aio.Server,
-    host: str,
-    port: int,
-    flag: str,
-    credentials: grpc.ServerCredentials | None,
-) -> int:
-    address = join_address(host, port)
-    try:
-        if credentials is None:
-            bound = server.add_insecure_port(address)
-        else:
-            bound = server.add_secure_port(address, credentials)
-    except RuntimeError as error:
-        raise ConfigError(
-            f"cannot listen on {address}: it is taken or not this machine's; "
-            f"choose another with {flag}, or 0 for a free one"
-        ) from error
-    return int(bound)
-
-
-def join_address(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
+        models = {name: model.engine.healthy for name, model in self._models.by_name.items()}
+        self._health.set(not self._awaits and any(models.values()), models)

@@ -10,6 +10,7 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
 from zllm.errors import (
+    ConfigError,
     EngineError,
     Forbidden,
     InvalidRequest,
@@ -20,6 +21,7 @@ from zllm.errors import (
     Unavailable,
     UnknownModel,
     UnsupportedRequest,
+    WrongState,
     ZllmError,
 )
 
@@ -32,6 +34,8 @@ _CODES: list[tuple[type[ZllmError], grpc.StatusCode]] = [
     (RequestExists, grpc.StatusCode.ALREADY_EXISTS),
     (Unauthenticated, grpc.StatusCode.UNAUTHENTICATED),
     (Forbidden, grpc.StatusCode.PERMISSION_DENIED),
+    (WrongState, grpc.StatusCode.FAILED_PRECONDITION),
+    (ConfigError, grpc.StatusCode.FAILED_PRECONDITION),
     (Overloaded, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (Unavailable, grpc.StatusCode.UNAVAILABLE),
     (EngineError, grpc.StatusCode.INTERNAL),

@@ -48,8 +48,9 @@ class EngineProcess:
             raise ConfigError("the engine's process was not started")
         return self._process.pid
 
-    async def start(self) -> EngineReady:
-        """Returns when the model is loaded. Raises ConfigError with what the engine said."""
+    async def start(self, load_timeout: float | None = None) -> EngineReady:
+        """Returns when the model is loaded. Raises ConfigError with what the engine said, and
+        after `load_timeout` seconds."""
         self._process = process = await asyncio.create_subprocess_exec(
             *self._command,
             self._address,
@@ -59,7 +60,7 @@ class EngineProcess:
         assert process.stdin is not None  # asked for with PIPE; its end tells the engine to end
         process.stdin.write(msgspec.json.encode(self._config, enc_hook=str) + b"\n")
         try:
-            report = await self._first_word(process)
+            report = await self._first_word(process, load_timeout)
         except (ConfigError, asyncio.CancelledError):
             await self.stop()
             raise
@@ -67,11 +68,20 @@ class EngineProcess:
         self._watch = asyncio.create_task(self._await_death())
         return report
 
-    async def _first_word(self, process: asyncio.subprocess.Process) -> EngineReady:
+    async def _first_word(
+        self, process: asyncio.subprocess.Process, load_timeout: float | None
+    ) -> EngineReady:
         ready = asyncio.create_task(self.client.connect())
         died = asyncio.create_task(process.wait())
         try:
-            await asyncio.wait({ready, died}, return_when=asyncio.FIRST_COMPLETED)
+            first, _ = await asyncio.wait(
+                {ready, died}, timeout=load_timeout, return_when=asyncio.FIRST_COMPLETED
+            )
+            if not first:
+                raise ConfigError(
+                    f"{self._config.model} has not loaded within {load_timeout:g} s: raise "
+                    "--load-timeout, or see in the engine's output above where it hangs"
+                )
             # A last word may still be on its way.
             await asyncio.wait({ready}, timeout=0.5)
             if ready.done():

@@ -54,8 +54,7 @@ class Caller:
         """Those of the models that it may use."""
         if self.grant is None or self.grant.models is None:
             return models
-        allowed = self.grant.models
-        return Models({name: m for name, m in models.by_name.items() if name in allowed})
+        return models.only(self.grant.models)
 
     def find(self, models: Models, name: str, field: str = "model") -> ServedModel:
         """As Models.find among the visible. Raises Forbidden, whether or not the name is served."""
@@ -63,7 +62,7 @@ class Caller:
         if self.grant is not None and self.grant.models is not None:
             if name and name not in self.grant.models:
                 raise Forbidden(f"{field}: this API key does not allow {name[:200]!r}")
-            if models.by_name and not visible.by_name:
+            if models.by_name and not (visible.by_name or visible.loading):
                 raise Forbidden(f"{field}: this API key allows none of the models served")
         return visible.find(name, field)
 

@@ -53,12 +53,18 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
     serve = commands.add_parser(
         "serve",
-        help="serve a model",
-        description="Serve a model. Every flag may also be set as ZLLM_… in the environment or in "
+        help="serve one or more models",
+        description="Serve models. Every flag may also be set as ZLLM_… in the environment or in "
         "a YAML file; the flag wins over the environment, and that over the file.",
     )
     serve.add_argument(
-        "model", nargs="?", help="a folder or a hub id; left out, the embedded model is served"
+        "path", nargs="?", help="a folder or a hub id; left out, the embedded model is served"
+    )
+    serve.add_argument(
+        "--model",
+        action="append",
+        metavar="[NAME=]PATH[,setting=value...]",
+        help="the same with a name and settings of its own; repeated: several models",
     )
     add_flags(serve, ServerConfig, EngineConfig)
     serve.set_defaults(run=_serve)
@@ -66,28 +72,21 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def _serve(arguments: argparse.Namespace) -> int:
     from zllm.flags import build, merge
+    from zllm.model_arguments import engine_configs
     from zllm.runtime.config import EngineConfig
     from zllm.runtime.embedded import EMBEDDED_MODEL
-    from zllm.runtime.hub import resolve_model
     from zllm.service import serve
     from zllm.service.config import ServerConfig
 
     given = {name: value for name, value in vars(arguments).items() if value is not None}
+    if "path" in given:
+        given["model"] = [given["path"], *given.get("model", [])]
     configs = (ServerConfig, EngineConfig)
-    settings = merge(given, os.environ, arguments.config, configs, extra=["model"])
-    model = settings.pop("model", "")
+    settings = merge(given, os.environ, arguments.config, configs, lists=["model"])
     server = build(ServerConfig, settings)
-    name = settings.pop("served_model_name", "") or _model_name(model)
-    folder = resolve_model(model) if model else EMBEDDED_MODEL
-    engine = build(EngineConfig, settings, model=folder, served_model_name=name)
-    return serve.run(server, engine, version=zllm.__version__)
-
-
-def _model_name(model: str) -> str:
-    """What requests call it: a folder's own name, a hub id as it is."""
-    if not model:
-        return "tiny"
-    return Path(model).resolve().name if Path(model).exists() else model
+    models = engine_configs(settings.pop("model", []), settings)
+    template = build(EngineConfig, settings, model=EMBEDDED_MODEL)
+    return serve.run(server, models, template, version=zllm.__version__)
 
 
 def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

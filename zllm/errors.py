@@ -12,7 +12,8 @@ class ZllmError(Exception):
 
 
 class ConfigError(ZllmError):
-    """A setting, a model folder or a machine that cannot work: raised before serving starts."""
+    """A setting, a model folder or a machine that cannot work: raised before serving starts, and
+    by LoadModel (FAILED_PRECONDITION)."""
 
 
 class ModelLoadError(ConfigError):
@@ -50,6 +51,10 @@ class UnknownModel(RequestError):
 
 class RequestExists(RequestError):
     """The `request_id` is that of a live request (ALREADY_EXISTS)."""
+
+
+class WrongState(RequestError):
+    """What it names is not in a state for this (FAILED_PRECONDITION)."""
 
 
 class Overloaded(ZllmError):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -33,6 +33,7 @@ HELP = {
     "max_num_batched_tokens": "tokens of one step, at most; default: 2048 on a CPU, 8192 on a GPU",
     "num_kv_blocks": "fix the KV pool's size, in blocks of 16 tokens",
     "gpu_memory_utilization": "share of the GPU's memory to use, in (0, 1]",
+    "memory_share": "part of the memory for models, in (0, 1]; default: even parts",
     "swap_space_gib": "pinned host memory for swapped-out sequences, in GiB",
     "enable_prefix_caching": "reuse the KV of prompts' common beginnings",
     "scheduling_policy": "which queued request starts next",
@@ -59,7 +60,9 @@ HELP = {
     "queue_timeout": "seconds a request may wait to start; 0: for ever",
     "shutdown_grace": "seconds that running requests get to finish after SIGTERM or Drain",
     "drain_delay": "seconds between NOT_SERVING and refusing work, for routers to notice",
-    "max_restarts": "failures of the engine in a row, at most; one more ends the server with 3",
+    "load_timeout": "seconds that a model gets to load",
+    "model_root": "the folder that LoadModel is kept to; default: any",
+    "max_restarts": "failures of an engine in a row, at most; one more gives its model up",
     "restart_backoff": "seconds before the first restart of the engine; doubled each time",
     "engine_timeout": "seconds of the engine's silence after which its requests fail",
 }
@@ -87,7 +90,7 @@ class Flag:
         if value is None and self.optional:
             return None
         try:
-            converted = _to_bool(value) if self.kind is bool else self.kind(value)
+            converted = _READERS.get(self.kind, self.kind)(value)
         except (TypeError, ValueError):
             raise ConfigError(f"{source} is {value!r}: it must be {self._wanted}") from None
         if self.choices and converted not in self.choices:
@@ -96,7 +99,12 @@ class Flag:
 
     @property
     def _wanted(self) -> str:
-        words = {bool: "true or false", int: "a whole number", float: "a number"}
+        words = {
+            bool: "true or false",
+            int: "a whole number",
+            float: "a number",
+            list: "text or a list of texts",
+        }
         return words.get(self.kind, "text")
 
 
@@ -140,11 +148,11 @@ def merge(
     environment: Mapping[str, str],
     file: Path | None,
     configs: Sequence[type],
-    extra: Sequence[str] = (),
+    lists: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Every setting that any source names. `extra` are further names that sources may set."""
+    """Every setting that any source names. `lists` are further names, of one text or several."""
     known = {flag.name: flag for flag in flags_of(*configs)}
-    known |= {name: Flag(name, str) for name in extra}
+    known |= {name: Flag(name, list) for name in lists}
     merged: dict[str, Any] = {}
     if file is not None:
         for key, value in _read_file(file).items():
@@ -183,6 +191,16 @@ def _to_bool(value: Any) -> bool:
         return words[str(value).lower()]
     except KeyError:
         raise ValueError(value) from None
+
+
+def _to_list(value: Any) -> list[str]:
+    values = value if isinstance(value, list) else [value]
+    if not all(isinstance(item, str) for item in values):
+        raise ValueError(value)
+    return [item for item in values if item]
+
+
+_READERS: dict[type, Callable[[Any], Any]] = {bool: _to_bool, list: _to_list}
 
 
 def _read_file(file: Path) -> dict[Any, Any]:

@@ -13,12 +13,13 @@ import grpc
 
 from tests.service.stub_engine import EngineThread, StubEngine
 from zllm.clients.aio import AsyncClient
-from zllm.runtime.chat_template import load_chat_template
+from zllm.runtime.config import EngineConfig
 from zllm.runtime.embedded import EMBEDDED_MODEL
-from zllm.runtime.tokenizer import load_tokenizer
+from zllm.service.admin import AdminService
+from zllm.service.admin_server import AdminServer
 from zllm.service.config import ServerConfig
 from zllm.service.engine_client import EngineClient
-from zllm.service.served_model import ServedModel
+from zllm.service.engines import Engines
 from zllm.service.server import Server
 from zllm.v1 import admin_pb2, admin_pb2_grpc
 
@@ -72,19 +73,16 @@ async def running(
         thread = EngineThread(engine, f"ipc://{folder}/engine.sock")
         client = EngineClient(thread.address, timeout=timeout)
         ready = await client.connect()
-        model = ServedModel(
-            name="stub",
-            card=ready.card,
-            tokenizer=load_tokenizer(EMBEDDED_MODEL),
-            chat_template=load_chat_template(EMBEDDED_MODEL),
-            engine=client,
-            max_context_tokens=ready.max_model_len,
-        )
-        server = Server(config, version="test")
+        server = Server(config, awaits=["stub"])
+        engines = Engines(config, server, say=lambda _: None)
+        template = EngineConfig(model=EMBEDDED_MODEL)
+        admin_server = AdminServer(config, AdminService(config, "test", server, engines, template))
         await server.start()
-        await server.add(model)
+        await admin_server.start()
+        await server.expect("stub", EMBEDDED_MODEL)
+        server.add("stub", ready, client)
         channel = grpc.aio.insecure_channel(f"127.0.0.1:{server.port}")
-        admin_channel = grpc.aio.insecure_channel(f"127.0.0.1:{server.admin_port}")
+        admin_channel = grpc.aio.insecure_channel(f"127.0.0.1:{admin_server.port}")
         try:
             async with AsyncClient(f"127.0.0.1:{server.port}", attempts=1) as aio_client:
                 admin = admin_pb2_grpc.AdminServiceStub(admin_channel)
@@ -93,6 +91,7 @@ async def running(
             await channel.close()
             await admin_channel.close()
             await server.stop(0.0)
+            await admin_server.stop()
             client.shut_down()
             await asyncio.to_thread(thread.join)
             await client.close()

@@ -1,6 +1,7 @@
 """An engine without a model: it speaks runtime/messages.py and emits set tokens at a set rate.
 
-Run as a script it is a whole engine process, for tests of the supervisor.
+Run as a script it is a whole engine process, for tests of the supervisor; STUB_STEP_S in the
+environment is its step_s.
 """
 
 from __future__ import annotations
@@ -223,7 +224,8 @@ def main(address: str) -> None:
         os._exit(1)
 
     threading.Thread(target=watch_parent, daemon=True).start()
-    EngineLoop(StubEngine(), bind(address)).run()
+    step_s = float(os.environ.get("STUB_STEP_S", "0.001"))
+    EngineLoop(StubEngine(step_s=step_s), bind(address)).run()
 
 
 if __name__ == "__main__":

@@ -7,26 +7,18 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
-import psutil
 import pytest
 from google.rpc import error_details_pb2, status_pb2
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from tests.service.stub_server import STUB, answers, serving
 from zllm.clients.aio import AsyncClient
 from zllm.errors import Unavailable
-from zllm.runtime.config import EngineConfig
-from zllm.runtime.embedded import EMBEDDED_MODEL
-from zllm.service.config import ServerConfig
-from zllm.service.serve import ENGINE_LOST, serve
+from zllm.service.serve import ENGINE_LOST
 from zllm.v1 import generation_pb2, generation_pb2_grpc
 
-STUB = Path(__file__).parent / "stub_engine.py"
 ONCE = """
 import os, runpy, sys
 try:
@@ -35,64 +27,6 @@ except FileExistsError:
     sys.exit(7)
 runpy.run_path({stub!r}, run_name="__main__")
 """
-
-
-def engines() -> list[psutil.Process]:
-    """Those that this process started and that live."""
-    children = psutil.Process().children()
-    return [child for child in children if "engine.sock" in " ".join(child.cmdline())]
-
-
-@dataclass
-class Served:
-    task: asyncio.Task[int]
-    lines: list[str] = field(default_factory=list)
-
-    @property
-    def target(self) -> str:
-        return next(line.split()[-1] for line in self.lines if line.startswith("listening on "))
-
-    def engine(self) -> psutil.Process:
-        (engine,) = engines()
-        return engine
-
-    async def until_health(self, serving: bool, seconds: float = 10.0) -> None:
-        status = health_pb2.HealthCheckResponse
-        wanted = status.SERVING if serving else status.NOT_SERVING
-        async with grpc.aio.insecure_channel(self.target) as channel:
-            stub = health_pb2_grpc.HealthStub(channel)
-            async with asyncio.timeout(seconds):
-                while (await stub.Check(health_pb2.HealthCheckRequest())).status != wanted:
-                    await asyncio.sleep(0.02)
-
-
-@asynccontextmanager
-async def serving(
-    command: tuple[str, ...] = (sys.executable, str(STUB)), **settings: float
-) -> AsyncIterator[Served]:
-    config = ServerConfig(port=0, admin_port=0, **{"restart_backoff": 0.2} | settings)
-    engine = EngineConfig(model=EMBEDDED_MODEL, served_model_name="stub")
-    lines: list[str] = []
-    task = asyncio.create_task(
-        serve(config, engine, version="test", say=lines.append, command=command)
-    )
-    served = Served(task, lines)
-    async with asyncio.timeout(20):
-        while not any(line.startswith("listening on ") for line in lines):
-            assert not task.done(), task.result()
-            await asyncio.sleep(0.02)
-    try:
-        yield served
-    finally:
-        if not task.done():
-            os.kill(os.getpid(), signal.SIGTERM)
-            assert await task == 0
-        assert not engines()
-
-
-async def answers(target: str) -> None:
-    async with AsyncClient(target, attempts=1) as client:
-        assert (await client.generate("abc", max_tokens=3, timeout=10)).text == "abc"
 
 
 async def test_a_killed_engine_is_replaced_behind_the_same_port() -> None:

@@ -83,22 +83,6 @@ async def test_server_info_shows_the_configuration_and_one_instance() -> None:
     assert [model.name for model in first.models] == ["stub"]
 
 
-async def test_admin_calls_of_a_later_version_are_unimplemented() -> None:
-    async with running() as server:
-        calls = [
-            server.admin.LoadModel(admin_pb2.LoadModelRequest()),
-            server.admin.UnloadModel(admin_pb2.UnloadModelRequest()),
-        ]
-        for call in calls:
-            assert await call.code() is grpc.StatusCode.UNIMPLEMENTED
-
-
-async def test_the_public_listener_has_no_admin_service() -> None:
-    async with running() as server:
-        call = server.channel.unary_unary("/zllm.v1.AdminService/GetLoad")(b"")
-        assert await call.code() is grpc.StatusCode.UNIMPLEMENTED
-
-
 @pytest.mark.parametrize(("flag", "shown"), [(None, True), (True, True), (False, False)])
 async def test_reflection_is_a_flag_and_on_for_loopback(flag: bool | None, shown: bool) -> None:
     config = ServerConfig(port=0, admin_port=0, reflection=flag)
@@ -123,14 +107,14 @@ def test_reflection_is_off_beyond_loopback() -> None:
 async def test_a_taken_port_is_a_config_error_that_says_what_to_do() -> None:
     async with running() as server:
         config = ServerConfig(port=server.server.port, admin_port=0)
-        second = Server(config, version="test")
+        second = Server(config)
         with pytest.raises(ConfigError, match="--port"):
             await second.start()
         await second.stop(0.0)
 
 
 async def test_while_the_model_loads_the_server_is_there_but_unavailable() -> None:
-    server = Server(ServerConfig(port=0, admin_port=0), version="test")
+    server = Server(ServerConfig(port=0, admin_port=0), awaits=["tiny"])
     await server.start()
     target = f"127.0.0.1:{server.port}"
     async with AsyncClient(target, attempts=1) as client, grpc.aio.insecure_channel(target) as raw:

@@ -36,32 +36,46 @@ class Served:
     target: str = ""
     lines: list[str] = field(default_factory=list)
 
-    def engine(self) -> psutil.Process:
-        (engine,) = [
+    def engines(self) -> list[psutil.Process]:
+        """The first started first, which is the first model's."""
+        found = [
             child
             for child in psutil.Process(self.process.pid).children()
             if "zllm.runtime.engine_process" in child.cmdline()
         ]
+        return sorted(found, key=lambda process: process.create_time())
+
+    def engine(self) -> psutil.Process:
+        (engine,) = self.engines()
         return engine
 
-    def load(self) -> admin_pb2.Load:
+    @contextmanager
+    def admin(self) -> Iterator[admin_pb2_grpc.AdminServiceStub]:
         (line,) = [line for line in self.lines if line.startswith("admin on ")]
         with grpc.insecure_channel(line.split()[-1]) as channel:
-            stub = admin_pb2_grpc.AdminServiceStub(channel)
-            return stub.GetLoad(admin_pb2.GetLoadRequest()).loads[0]
+            yield admin_pb2_grpc.AdminServiceStub(channel)
+
+    def loads(self) -> list[admin_pb2.Load]:
+        with self.admin() as stub:
+            return list(stub.GetLoad(admin_pb2.GetLoadRequest()).loads)
+
+    def load(self) -> admin_pb2.Load:
+        (load,) = self.loads()
+        return load
 
     def until_idle(self) -> None:
-        """Every block is back and nothing runs or waits."""
+        """Every block of every model is back and nothing runs or waits."""
         deadline = time.monotonic() + 10
         while time.monotonic() < deadline:
-            load = self.load()
-            if (
+            loads = self.loads()
+            if all(
                 load.kv_blocks_free == load.kv_blocks_total == 256
                 and load.running_requests == load.queued_requests == 0
+                for load in loads
             ):
                 return
             time.sleep(0.05)
-        raise AssertionError(f"blocks or requests never came back: {load}")
+        raise AssertionError(f"blocks or requests never came back: {loads}")
 
     def end(self, number: signal.Signals = signal.SIGTERM) -> int:
         self.process.send_signal(number)
@@ -89,9 +103,10 @@ def serving(*arguments: str) -> Iterator[Served]:
         process.wait()
 
 
-def ask(target: str, question: str) -> str:
+def ask(target: str, question: str, model: str = "") -> str:
     with Client(target) as client:
-        return "".join(delta.text for delta in client.chat(question, temperature=0.0))
+        deltas = client.chat(question, model=model, temperature=0.0)
+        return "".join(delta.text for delta in deltas)
 
 
 def is_gone(process: psutil.Process) -> bool:
@@ -163,7 +178,8 @@ def test_ctrl_c_ends_it_too() -> None:
 def test_sigterm_while_loading_ends_it_at_once() -> None:
     process = subprocess.Popen(SERVE, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    assert "loading" in process.stdout.readline()
+    assert "zllm" in process.stdout.readline()
+    assert "loading tiny" in process.stdout.readline()
     time.sleep(0.5)
     children = psutil.Process(process.pid).children()
     process.send_signal(signal.SIGTERM)

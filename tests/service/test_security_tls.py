@@ -93,7 +93,7 @@ def test_files_that_cannot_work_are_named(tmp_path: Path) -> None:
     ]
     for files, words in wrong:
         with pytest.raises(ConfigError, match=words):
-            Server(config(*files), version="test")
+            Server(config(*files))
     with pytest.raises(ConfigError, match=r"absent\.pem"):
         Tls(ca=absent).credentials()
     with pytest.raises(ConfigError, match="go together"):

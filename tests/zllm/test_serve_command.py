@@ -18,8 +18,10 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[ServerConfig, EngineCo
     """Records what would be served in place of serving it."""
     calls: list[tuple[ServerConfig, EngineConfig]] = []
 
-    def record(server: ServerConfig, engine: EngineConfig, **_: Any) -> int:
-        calls.append((server, engine))
+    def record(
+        server: ServerConfig, models: list[EngineConfig], template: EngineConfig, **_: Any
+    ) -> int:
+        calls.extend((server, model) for model in models)
         return 0
 
     monkeypatch.setattr("zllm.service.serve.run", record)

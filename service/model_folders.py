@@ -1,0 +1,29 @@
+"""Which folder LoadModel means, and what its model may be called."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from zllm.errors import InvalidRequest
+
+MODEL_NAME = re.compile(r"[\w.:-][\w.:/-]{0,199}", re.ASCII)
+
+
+def find_folder(path: str, root: str) -> Path:
+    """The model's folder, links resolved: a path from `root` and within it, or any absolute one
+    where there is no root. Raises InvalidRequest."""
+    if not path or "\0" in path:
+        raise InvalidRequest("path", "give the model's folder on the server's machine")
+    if not root:
+        folder = Path(path)
+        if not folder.is_absolute():
+            raise InvalidRequest("path", f"{path[:200]!r} must be absolute")
+    else:
+        top = Path(root).resolve()
+        folder = (top / path).resolve()
+        if not folder.is_relative_to(top):
+            raise InvalidRequest("path", f"{path[:200]!r} is not within --model-root")
+    if not folder.is_dir():
+        raise InvalidRequest("path", f"{path[:200]!r} is no folder here")
+    return folder
