@@ -7,6 +7,7 @@ error and every method's exceptions meet one mapping. Stream methods are plain c
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeAlias
@@ -62,7 +63,7 @@ def _handler(
 
 
 def _answering(function: Method, parse: Callable[[bytes], Parsed], keys: ApiKeys | None) -> Method:
-    async def answer(data: bytes, context: Context) -> Any:
+    async def respond(data: bytes, context: Context) -> Any:
         try:
             if keys is not None:
                 set_caller(keys.caller(dict(context.invocation_metadata() or ())))
@@ -74,10 +75,21 @@ def _answering(function: Method, parse: Callable[[bytes], Parsed], keys: ApiKeys
             await abort(context, error)
         except grpc.aio.AbortError:
             raise
+        except grpc.aio.InternalError as error:
+            # A write failed: the client left, and gRPC has not cancelled this task yet.
+            log.debug("an answer could not be sent: %s", error)
+            await abort(context, ZllmError("the answer could not be sent"))
         except Exception:
             # The text of an unforeseen exception may hold paths or prompts: it stays in the log.
             log.exception("unforeseen error in %s", getattr(function, "__qualname__", function))
             await abort(context, ZllmError("internal error; the server's log says more"))
+
+    async def answer(data: bytes, context: Context) -> Any:
+        try:
+            return await respond(data, context)
+        except grpc.aio.InternalError as error:
+            # Nor can its status be sent: it did leave.
+            raise asyncio.CancelledError from error
 
     return answer
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from zllm.runtime.config import EngineConfig
 from zllm.service.admin import AdminService
@@ -36,13 +38,20 @@ def run(
     return uvloop.run(serving)
 
 
+def _say(line: str) -> None:
+    """To stdout past its buffer: neither a full disk nor a reader that left ends the server, now or
+    when a buffer would be flushed at its exit."""
+    with suppress(OSError):
+        os.write(sys.stdout.fileno(), f"{line}\n".encode())
+
+
 async def serve(
     config: ServerConfig,
     models: Sequence[EngineConfig],
     template: EngineConfig,
     *,
     version: str,
-    say: Callable[[str], None] = lambda line: print(line, flush=True),
+    say: Callable[[str], None] = _say,
     command: Sequence[str] = ENGINE_COMMAND,
 ) -> int:
     """`template` is what engines that are loaded later are told, apart from their model."""

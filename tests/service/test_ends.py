@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 
 import grpc
@@ -12,7 +13,7 @@ from tests.service.harness import Harness, running
 from tests.service.stub_engine import StubEngine
 from zllm.clients.aio import AsyncClient
 from zllm.clients.client import Client
-from zllm.errors import Overloaded
+from zllm.errors import EngineError, Overloaded
 from zllm.service.config import ServerConfig
 from zllm.v1 import generation_pb2, generation_pb2_grpc
 
@@ -58,6 +59,21 @@ async def test_a_passed_deadline_gives_its_blocks_back() -> None:
             with pytest.raises(TimeoutError):
                 await call
         await server.until_idle()
+
+
+async def test_a_write_that_fails_as_for_a_client_that_left_is_no_error_of_the_server(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def write(*_: object) -> None:
+        raise grpc.aio.InternalError("Failed execute_batch")
+
+    async with running() as server:
+        monkeypatch.setattr("zllm.service.generation._write_stream", write)
+        stream = server.client.stream("abc")
+        with pytest.raises(EngineError, match="could not be sent"):
+            await anext(aiter(stream))
+        await server.until_idle()
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 async def test_random_cancels_leave_every_block_free() -> None:
