@@ -17,6 +17,7 @@ from zllm.runtime.engine_process import EngineLoop, bind
 from zllm.runtime.messages import (
     AddRequest,
     EngineReady,
+    EngineStats,
     FinishReason,
     Load,
     ModelCard,
@@ -83,6 +84,9 @@ class RateEngine:
 
     def load(self) -> Load:
         return Load(running_requests=len(self._ids), kv_blocks_total=1 << 20, steps=self._steps)
+
+    def stats(self) -> EngineStats:
+        return EngineStats()
 
     def check(self) -> str | None:
         return None

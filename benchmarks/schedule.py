@@ -111,7 +111,7 @@ class Simulation:
             self.records.append(Record(turn, at, prompt))
 
     def note(self, events: Events) -> None:
-        for request_id, cached, _ in events.started:
+        for request_id, cached, *_ in events.started:
             self.records[request_id].cached = cached
         for request_id, token, finish in zip(
             events.request_ids.tolist(),

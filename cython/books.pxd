@@ -3,6 +3,7 @@
 from libc.stdint cimport int32_t, int64_t, uint8_t
 
 from zllm.native.block_pool cimport Pool
+from zllm.native.intervals cimport Intervals
 from zllm.native.radix_tree cimport Tree
 from zllm.native.sequence cimport Request, Sequence
 
@@ -64,6 +65,7 @@ cdef struct Books:
     Pool pool
     Tree tree
     Counters counters
+    Intervals intervals         # between tokens of a sequence
     bint caching
     Sequence** row_owner        # by device row
     int32_t* free_rows          # stack

@@ -17,7 +17,8 @@ cdef struct Started:
     int64_t request_id
     int32_t cached_tokens
     double queued
+    double prefill
 
 cdef void drain_ended(Books* books, EventList* events) noexcept nogil
 cdef int32_t retire_step(Books* books, Step* step, const int32_t* tokens, EventList* events,
-                         Started* started) noexcept nogil
+                         Started* started, double now) noexcept nogil

@@ -8,6 +8,7 @@ from zllm.native.books cimport (
     leave_if_retired,
     step_of,
 )
+from zllm.native.intervals cimport count_interval
 from zllm.native.radix_tree cimport tree_insert
 from zllm.native.sequence cimport ERROR, RUNNING, ZOMBIE, Sequence, end_of
 
@@ -33,7 +34,7 @@ cdef void drain_ended(Books* books, EventList* events) noexcept nogil:
 
 
 cdef int32_t retire_step(Books* books, Step* step, const int32_t* tokens, EventList* events,
-                         Started* started) noexcept nogil:
+                         Started* started, double now) noexcept nogil:
     """Retire a step; returns how many requests got their first token in it."""
     cdef int32_t num_started = 0
     cdef int32_t r, token
@@ -61,6 +62,9 @@ cdef int32_t retire_step(Books* books, Step* step, const int32_t* tokens, EventL
             seq.tokens[seq.num_tokens] = token
             seq.num_tokens += 1
             books.counters.generated_tokens += 1
+            if seq.token_at > 0:
+                count_interval(&books.intervals, now - seq.token_at)
+            seq.token_at = now
             books.tenants[seq.request.tenant].deficit -= 1
             finish = end_of(seq.request, seq.num_tokens, token)
             if not seq.request.started:
@@ -68,6 +72,7 @@ cdef int32_t retire_step(Books* books, Step* step, const int32_t* tokens, EventL
                 started[num_started].request_id = seq.request.id
                 started[num_started].cached_tokens = seq.request.cached_tokens
                 started[num_started].queued = seq.request.admitted - seq.request.arrived
+                started[num_started].prefill = now - seq.request.admitted
                 num_started += 1
             report(events, seq.request.id, seq.index, token, finish, r)
         if books.caching and not seq.request.bypass_cache:

@@ -32,8 +32,9 @@ class Events:
     """FinishReason; 0 while the sequence goes on."""
     rows: npt.NDArray[np.int32]
     """Index of the token's row among the step's rows, as in `commit`; -1 where token is -1."""
-    started: list[tuple[int, int, float]]
-    """(request id, cached tokens, seconds queued) of requests whose first token is here."""
+    started: list[tuple[int, int, float, float]]
+    """(request id, cached tokens, seconds queued, seconds from its first step's plan to its first
+    token) of requests whose first token is here."""
 
 class Scheduler:
     def __init__(
@@ -112,5 +113,8 @@ class Scheduler:
         blocks_cached, evictions, folded_blocks, host_blocks_free, swapped_blocks. Events:
         admissions, preemptions, swaps_out, swaps_in, forks, steps; queue_seconds is the sum over
         requests of the time until their first admission."""
+    def inter_token(self) -> tuple[tuple[float, ...], tuple[int, ...], float]:
+        """Of the times between two tokens of one sequence: bounds in seconds, how many were up to
+        each bound and above the one before (one count more: those above all), and their sum."""
     def check(self) -> None:
         """Verify every invariant of pool, tree, rows and queues; raises InvariantError."""

@@ -40,6 +40,7 @@ from zllm.native.intake cimport (
     salt_of,
     tenant_index,
 )
+from zllm.native.intervals cimport BOUNDS, NUM_BOUNDS, Intervals
 from zllm.native.packing cimport Packed, arena_words, pack_step
 from zllm.native.planner cimport expire_waiting, plan_step
 from zllm.native.radix_tree cimport Salt, tree_flush
@@ -375,14 +376,14 @@ cdef class Scheduler:
         self.found.count = 0
         with nogil:
             num_started = retire_step(&self.books, step, <const int32_t*> view.buf, &self.found,
-                                      self.started)
+                                      self.started, now)
         PyBuffer_Release(&view)
         if self.books.num_finished:
             self._forget_finished()
         events = new_events(&self.found)
         for i in range(num_started):
             events.started.append((self.started[i].request_id, self.started[i].cached_tokens,
-                                   self.started[i].queued))
+                                   self.started[i].queued, self.started[i].prefill))
         return events
 
     def poll(self, double now):
@@ -439,6 +440,12 @@ cdef class Scheduler:
             "queue_seconds": books.counters.queue_seconds,
             "steps": books.num_committed,
         }
+
+    def inter_token(self):
+        """Intervals between tokens of a sequence; see scheduler.pyi."""
+        cdef Intervals* intervals = &self.books.intervals
+        bounds = tuple([BOUNDS[i] for i in range(NUM_BOUNDS)])
+        return bounds, tuple([count for count in intervals.counts]), intervals.seconds
 
     def check(self):
         """Verify every invariant of pool, tree, rows and queues; raises InvariantError."""

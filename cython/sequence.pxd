@@ -66,6 +66,7 @@ cdef struct Sequence:
     int64_t planned             # the last step that holds it
     int64_t admitted            # the step that gave it its row
     int64_t born                # Counters.admissions when it arrived
+    double token_at             # when its last token was committed; 0: it has sampled none
     int64_t matched             # the step for which match_len was looked up
     int32_t match_len           # cached tokens, for policies that ask
     int32_t index               # within its request

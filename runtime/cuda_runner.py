@@ -131,6 +131,7 @@ class CudaRunner:
         self._graphs: StepGraphs | None = None if config.enforce_eager else StepGraphs(self.device)
         self._host_arenas: tuple[torch.Tensor, ...] = ()
         self.arenas = (np.zeros(0, np.int32), np.zeros(0, np.int32))
+        self.gpu = f"GPU-{torch.cuda.get_device_properties(self.device).uuid}"
         self.report = [
             f"model: {model_config.architecture}, {model_config.num_parameters / 1e6:,.1f} M "
             f"parameters, {size / _GIB:.2f} GiB in {str(shape.dtype).removeprefix('torch.')}, "

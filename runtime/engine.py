@@ -15,9 +15,12 @@ import numpy as np
 from zllm.errors import InvariantError, Overloaded, RequestError
 from zllm.native.scheduler import Events, Plan, Scheduler
 from zllm.runtime.config import EngineConfig
+from zllm.runtime.engine_stats import StepTally
 from zllm.runtime.messages import (
     AddRequest,
     EngineReady,
+    EngineStats,
+    Histogram,
     Load,
     ModelCard,
     RequestRefused,
@@ -37,6 +40,7 @@ class _Step:
 
     plan: Plan
     ticket: Ticket
+    launched: float
 
 
 class Engine:
@@ -60,6 +64,7 @@ class Engine:
         self.runner.allocate_arenas(self.scheduler.arena_words)
         self._in_flight: _Step | None = None
         self._refused: list[RequestRefused] = []
+        self._steps = StepTally()
         self._violations = 0
         self._num_logprobs: dict[int, int] = {}
         self._arena = 0
@@ -72,6 +77,7 @@ class Engine:
             num_kv_blocks=self.runner.num_kv_blocks,
             startup_report=self.runner.report,
             card=_card(ModelConfig.from_folder(self.config.model)),
+            gpu=self.runner.gpu,
         )
 
     def add(self, request: AddRequest) -> None:
@@ -122,13 +128,15 @@ class Engine:
         plan = self.scheduler.plan(now, self.runner.arenas[self._arena])
         launched = None
         if plan is not None:
-            launched = _Step(plan, self.runner.launch(plan, self._arena))
+            launched = _Step(plan, self.runner.launch(plan, self._arena), now)
             self._arena ^= 1
         previous, self._in_flight = self._in_flight, launched
         if previous is None:
             return self._output(self.scheduler.poll(now), None)
         result = self.runner.collect(previous.ticket)
-        events = self.scheduler.commit(previous.plan, result.tokens, time.monotonic())
+        committed = time.monotonic()
+        events = self.scheduler.commit(previous.plan, result.tokens, committed)
+        self._steps.add(previous.launched, committed, previous.plan.num_tokens)
         return self._output(events, result)
 
     def load(self) -> Load:
@@ -147,6 +155,10 @@ class Engine:
             steps=int(stats["steps"]),
             violations=self._violations,
         )
+
+    def stats(self) -> EngineStats:
+        """How long tokens were apart and steps took, since start."""
+        return EngineStats(Histogram(*self.scheduler.inter_token()), *self._steps.histograms())
 
     def check(self) -> str | None:
         """Verify the scheduler's books: what is violated, which is also logged and counted, or

@@ -26,6 +26,7 @@ from zllm.runtime.messages import (
     CacheFlushed,
     EngineFailed,
     EngineReady,
+    EngineStats,
     FlushCache,
     FromEngine,
     Heartbeat,
@@ -36,7 +37,7 @@ from zllm.runtime.messages import (
 )
 
 HEARTBEAT_S = 0.5
-"""Silence of the outbox at most, while the step loop turns."""
+"""Between two heartbeats at most, while the step loop turns."""
 STEP_LIMIT_S = {"cpu": 60.0, "cuda": 10.0}
 """A step that runs longer hangs, and the heartbeat stops. On a CPU one of 2,048 prompt tokens may
 take half a minute; on a GPU the longest is a first use that compiles its kernels."""
@@ -56,6 +57,7 @@ class Steppable(Protocol):
     def step(self) -> StepOutput | None: ...
     def has_work(self) -> bool: ...
     def load(self) -> Load: ...
+    def stats(self) -> EngineStats: ...
     def check(self) -> str | None: ...
     def flush_cache(self) -> int: ...
     def close(self) -> None: ...
@@ -73,10 +75,11 @@ class EngineLoop:
         self._step_limit_s = step_limit_s
         self._step_began = 0.0
         self._load = Load()
+        self._stats = EngineStats()
         # Whoever holds it owns the socket: the loop, except while a step runs.
         self._socket_lock = threading.Lock()
         self._ended = threading.Event()
-        self._last_sent = 0.0
+        self._last_beat = 0.0
         self._last_check = 0.0
 
     def run(self) -> None:
@@ -103,8 +106,9 @@ class EngineLoop:
             if idle_again and time.monotonic() - self._last_check > CHECK_S:
                 self._last_check = time.monotonic()
                 engine.check()
-            if idle_again or time.monotonic() - self._last_sent > HEARTBEAT_S:
-                self._send(Heartbeat(engine.load()))
+            if idle_again or time.monotonic() - self._last_beat > HEARTBEAT_S:
+                self._stats = engine.stats()
+                self._send(Heartbeat(engine.load(), self._stats))
 
     def _step(self) -> StepOutput | None:
         self._step_began = time.monotonic()
@@ -119,8 +123,8 @@ class EngineLoop:
             with self._socket_lock:
                 now = time.monotonic()
                 within = now - self._step_began < self._step_limit_s
-                if within and now - self._last_sent > HEARTBEAT_S and not self._ended.is_set():
-                    self._send(Heartbeat(self._load))
+                if within and now - self._last_beat > HEARTBEAT_S and not self._ended.is_set():
+                    self._send(Heartbeat(self._load, self._stats))
 
     def _take_inbox(self, timeout_ms: int) -> tuple[bool, bool]:
         """Whether anything came, and whether to go on."""
@@ -141,8 +145,9 @@ class EngineLoop:
     def _send(self, message: FromEngine) -> None:
         if isinstance(message, (StepOutput, Heartbeat)):
             self._load = message.load
+        if isinstance(message, Heartbeat):
+            self._last_beat = time.monotonic()
         self._socket.send(_encode(message))
-        self._last_sent = time.monotonic()
 
 
 def bind(address: str) -> zmq.Socket[bytes]:

@@ -113,6 +113,8 @@ class EngineReady(_Message, frozen=True, tag="ready"):
     startup_report: list[str]
     """Lines for the operator: device, weights' memory, KV blocks, full-length requests."""
     card: ModelCard
+    gpu: str = ""
+    """The UUID of the GPU it runs on, as NVML knows it; empty: none."""
 
 
 class EngineFailed(_Message, frozen=True, tag="failed"):
@@ -127,6 +129,9 @@ class RequestStarted(msgspec.Struct, frozen=True, array_like=True):
     request_id: int
     cached_tokens: int
     queued_s: float
+    """Until its first step was planned."""
+    prefill_s: float = 0.0
+    """From there to its first token."""
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -185,6 +190,26 @@ class StepOutput(_Message, frozen=True, tag="step"):
     load: Load
 
 
+class Histogram(msgspec.Struct, frozen=True, array_like=True):
+    """Values counted by size, since start."""
+
+    bounds: tuple[float, ...] = ()
+    """Ascending."""
+    counts: tuple[int, ...] = (0,)
+    """Values up to each bound and above the one before; the last: above all bounds."""
+    sum: float = 0.0
+
+
+class EngineStats(msgspec.Struct, frozen=True, array_like=True):
+    """What an engine counts apart from its scheduler's Load."""
+
+    inter_token: Histogram = Histogram()
+    """Seconds between two tokens of one sequence."""
+    step_seconds: Histogram = Histogram()
+    step_tokens: Histogram = Histogram()
+    """Tokens computed in a step: of prompts, and one for each decode."""
+
+
 class CacheFlushed(_Message, frozen=True, tag="flushed"):
     blocks: int
     """How many were dropped."""
@@ -192,9 +217,10 @@ class CacheFlushed(_Message, frozen=True, tag="flushed"):
 
 class Heartbeat(_Message, frozen=True, tag="heartbeat"):
     """Sent at least once a second: the step loop turns, or its step is within its time limit.
-    Carries the load as it was before that step."""
+    Carries the load and the counts as they were before that step."""
 
     load: Load
+    stats: EngineStats = EngineStats()
 
 
 ToEngine = AddRequest | AbortRequests | FlushCache | Shutdown

@@ -60,6 +60,8 @@ class ModelRunner(Protocol):
     num_host_blocks: int
     swap_cost: float
     """Tokens that are computed in the time in which one block goes to the host and back."""
+    gpu: str
+    """The GPU's UUID, as NVML writes it; empty: none."""
     report: list[str]
     """Lines for the operator."""
     arenas: tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]

@@ -69,6 +69,7 @@ class TorchRunner:
         self.model = model(model_config, weights, self.max_model_len, self.device)
         self.arenas = (np.zeros(0, np.int32), np.zeros(0, np.int32))
         name = str(self.dtype).removeprefix("torch.")
+        self.gpu = ""
         self.report = [
             f"model: {model_config.architecture}, {model_config.num_parameters / 1e6:,.1f} M "
             f"parameters, {weights_bytes(weights) / 1024**2:,.1f} MiB in {name}",

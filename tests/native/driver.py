@@ -132,7 +132,7 @@ class Driver:
             if token >= 0:
                 result.tokens.append(token)
             result.finish = finish
-        for request_id, cached, _ in events.started:  # type: ignore[attr-defined]
+        for request_id, cached, _, _ in events.started:  # type: ignore[attr-defined]
             assert self.results[request_id, 0].cached_tokens == -1, "started twice"
             self.results[request_id, 0].cached_tokens = cached
 

@@ -18,9 +18,11 @@ import numpy as np
 import zmq
 
 from zllm.runtime.engine_process import EngineLoop, bind
+from zllm.runtime.engine_stats import STEP_SECONDS, StepTally, Tally
 from zllm.runtime.messages import (
     AddRequest,
     EngineReady,
+    EngineStats,
     FinishReason,
     Load,
     ModelCard,
@@ -41,6 +43,7 @@ class _Sequence:
     request: AddRequest
     prompt: list[int]
     arrived: float
+    token_at: float = 0.0
     produced: int = 0
     blocks: int = 0
 
@@ -68,6 +71,8 @@ class StubEngine:
         self._pending: list[tuple[int, int, int]] = []
         self._refused: list[RequestRefused] = []
         self._counts = {"generated": 0, "steps": 0}
+        self._gaps = Tally(STEP_SECONDS)
+        self._steps = StepTally()
         self.seen: list[AddRequest] = []
 
     def ready(self) -> EngineReady:
@@ -103,6 +108,7 @@ class StubEngine:
         return bool(self._waiting or self._running or self._pending or self._refused)
 
     def step(self) -> StepOutput | None:
+        began = time.monotonic()
         time.sleep(self.step_s)
         while self.frozen.is_set():
             time.sleep(0.01)
@@ -116,13 +122,17 @@ class StubEngine:
         self._admit()
         for request_id, sequence in list(self._running.items()):
             if sequence.produced == 0:
-                started.append(RequestStarted(request_id, 0, now - sequence.arrived))
+                started.append(RequestStarted(request_id, 0, began - sequence.arrived, now - began))
+            else:
+                self._gaps.add(now - sequence.token_at)
+            sequence.token_at = now
             token, finish = self._next(sequence, now)
             if token >= 0 and sequence.request.num_logprobs >= 0:
                 logprobs[len(entries)] = _logprobs(token, sequence.request.num_logprobs)
             entries.append((request_id, token, finish))
             if finish:
                 del self._running[request_id]
+        self._steps.add(began, now, len(self._running))
         if not (entries or refused):
             return None
         ids, tokens, finishes = zip(*entries, strict=True) if entries else ((), (), ())
@@ -147,6 +157,9 @@ class StubEngine:
             generated_tokens=self._counts["generated"],
             steps=self._counts["steps"],
         )
+
+    def stats(self) -> EngineStats:
+        return EngineStats(self._gaps.histogram(), *self._steps.histograms())
 
     def close(self) -> None:
         self._running.clear()
