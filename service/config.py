@@ -17,6 +17,10 @@ class ServerConfig:
     """0 takes a free one."""
     admin_host: str = "127.0.0.1"
     admin_port: int = 50052
+    metrics: bool = True
+    """Serve Prometheus metrics, plain HTTP, at metrics_host:metrics_port/metrics."""
+    metrics_host: str = "127.0.0.1"
+    metrics_port: int = 50053
     reflection: bool | None = None
     """None: only where `host` is loopback."""
     tls_cert: str = ""
@@ -55,7 +59,7 @@ class ServerConfig:
     """Seconds before the first restart; doubled with each failure in a row, to a minute at most."""
 
     def __post_init__(self) -> None:
-        for name in ("port", "admin_port"):
+        for name in ("port", "admin_port", "metrics_port"):
             value = getattr(self, name)
             if not 0 <= value <= 65535:
                 raise ConfigError(f"{name} is {value}: it must be in 0..65535")
@@ -105,6 +109,12 @@ class ServerConfig:
             raise ConfigError(
                 f"admin_host {self.admin_host} is not loopback, and AdminService asks for no key: "
                 "give --tls-client-ca, or --insecure where the network is trusted"
+            )
+
+        if self.metrics and not is_loopback(self.metrics_host):
+            raise ConfigError(
+                f"metrics_host {self.metrics_host} is not loopback, and metrics are served without "
+                "TLS: give --insecure where the network is trusted"
             )
 
     @property

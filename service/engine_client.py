@@ -18,6 +18,7 @@ from zllm.runtime.messages import (
     CacheFlushed,
     EngineFailed,
     EngineReady,
+    EngineStats,
     FlushCache,
     FromEngine,
     Heartbeat,
@@ -55,6 +56,8 @@ class EngineClient:
         self._first: asyncio.Future[FromEngine] | None = None
         self._watcher: asyncio.Task[None] | None = None
         self.load = Load()
+        self.stats = EngineStats()
+        self.gpu = ""
         self._history: deque[tuple[float, Load]] = deque()
 
     async def connect(self) -> EngineReady:
@@ -66,6 +69,7 @@ class EngineClient:
             raise ConfigError(message.message)
         if not isinstance(message, EngineReady):
             raise ConfigError(f"the engine began with {type(message).__name__}")
+        self.gpu = message.gpu
         self._watcher = asyncio.create_task(self._watch())
         self._set_healthy(True)
         return message
@@ -192,7 +196,7 @@ class EngineClient:
             self.load = message.load
             self._route(message)
         elif isinstance(message, Heartbeat):
-            self.load = message.load
+            self.load, self.stats = message.load, message.stats
         elif isinstance(message, CacheFlushed) and self._flushes:
             answer = self._flushes.popleft()
             if not answer.done():

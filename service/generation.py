@@ -15,12 +15,13 @@ from google.protobuf.duration_pb2 import Duration
 from zllm.errors import RequestExists, Unavailable
 from zllm.runtime.detokenizer import Detokenizer
 from zllm.runtime.messages import AddRequest, FinishReason, TokenLogprobs
+from zllm.service.calls import current_call
 from zllm.service.prompts import prompt_ids
 from zllm.service.rpc import Context
 from zllm.service.served_model import Models, ServedModel
 from zllm.service.streams import Delta, Finish, Stream
 from zllm.service.tenants import current_caller
-from zllm.service.validation import check_options, fit_prompt
+from zllm.service.validation import MAX_REQUEST_ID_CHARS, check_options, fit_prompt
 from zllm.v1 import generation_pb2, types_pb2
 
 WHOLE = 2**31
@@ -75,6 +76,7 @@ class GenerationService:
     async def Generate(
         self, request: generation_pb2.GenerateRequest, context: Context
     ) -> generation_pb2.GenerateResponse:
+        self._note(request)
         with current_caller().request() as caller:
             request_id = self._claim(request)
             try:
@@ -91,6 +93,7 @@ class GenerationService:
     async def StreamGenerate(
         self, request: generation_pb2.GenerateRequest, context: Context
     ) -> None:
+        self._note(request)
         with current_caller().request() as caller:
             request_id = self._claim(request)
             try:
@@ -104,16 +107,30 @@ class GenerationService:
             finally:
                 self._unclaim(request_id)
 
+    def _note(self, request: generation_pb2.GenerateRequest) -> None:
+        call = current_call()
+        call.request = request
+        if not request.model or request.model in self._models.by_name:
+            call.model = request.model or next(iter(self._models.by_name), "")
+
     def _claim(self, request: generation_pb2.GenerateRequest) -> str:
         if self.draining:
-            raise Unavailable("the server is draining")
-        request_id = request.request_id or uuid.uuid4().hex
-        live_id = (current_caller().tenant, request_id)
-        if live_id in self._live:
+            raise Unavailable("the server is draining", cause="draining")
+        tenant = current_caller().tenant
+        request_id = request.request_id or self._free_id(tenant)
+        if (tenant, request_id) in self._live:
             raise RequestExists("request_id", f"{request_id[:200]!r} is that of a live request")
-        self._live[live_id] = None
+        self._live[tenant, request_id] = None
         self._idle.clear()
+        current_call().request_id = request_id
         return request_id
+
+    def _free_id(self, tenant: str) -> str:
+        """The metadata's x-request-id, or a new one: a proxy that tries again sends the same id
+        while the first try may still be live."""
+        given = current_call().metadata.get("x-request-id", "")
+        usable = isinstance(given, str) and 0 < len(given) <= MAX_REQUEST_ID_CHARS
+        return str(given) if usable and (tenant, given) not in self._live else uuid.uuid4().hex
 
     def _unclaim(self, request_id: str) -> None:
         self._live.pop((current_caller().tenant, request_id), None)
@@ -145,7 +162,9 @@ class GenerationService:
             has_stop_strings=bool(options.stop_strings),
             keep_stop=request.stopping.include_stop_string,
             min_tokens=min_tokens or options.min_tokens_per_delta,
+            on_start=current_call().first_token,
         )
+        current_call().prompt, current_call().stream = prompt, stream
         engine_id = model.engine.submit(
             AddRequest(
                 request_id=0,  # the engine client's to give

@@ -10,14 +10,15 @@ from grpc_reflection.v1alpha import reflection
 
 from zllm.errors import ConfigError
 from zllm.service.auth import ApiKeys
+from zllm.service.calls import Observer
 from zllm.service.config import ServerConfig
 from zllm.service.rpc import add_service
 
 MAX_PENDING_REQUESTS = 20_000
 """Requests that gRPC holds for the event loop: 10,000 may come at once."""
 
-KEYED_SERVICES = ("zllm.v1.GenerationService", "zllm.v1.ModelService")
-"""Health and the admin listener, which is apart, ask for no key."""
+USER_SERVICES = ("zllm.v1.GenerationService", "zllm.v1.ModelService")
+"""Health and the admin listener, which is apart, ask for no key and are not counted."""
 
 LAST_WRITES_S = 0.5
 """How long the final messages of ended streams get to leave."""
@@ -27,12 +28,15 @@ def make_listener(
     config: ServerConfig,
     services: Sequence[tuple[ServiceDescriptor, object]],
     keys: ApiKeys | None = None,
+    observers: Sequence[Observer] = (),
 ) -> grpc.aio.Server:
-    """A server with these services that does not listen yet."""
+    """A server with these services that does not listen yet. `observers` hear of users' calls."""
     server = grpc.aio.server(options=_options(config))
     for descriptor, servicer in services:
-        asks = descriptor.full_name in KEYED_SERVICES
-        add_service(server, descriptor, servicer, keys if asks else None)
+        if descriptor.full_name in USER_SERVICES:
+            add_service(server, descriptor, servicer, keys, observers)
+        else:
+            add_service(server, descriptor, servicer)
     if config.shows_reflection:
         names = [descriptor.full_name for descriptor, _ in services]
         reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], server)

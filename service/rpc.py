@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeAlias
 
 import grpc
@@ -18,8 +18,9 @@ from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 
 from zllm.errors import UnsupportedRequest, ZllmError
 from zllm.service.auth import ApiKeys
-from zllm.service.status import abort
-from zllm.service.tenants import set_caller
+from zllm.service.calls import Call, Observer, set_call
+from zllm.service.status import abort, code_of
+from zllm.service.tenants import current_caller, set_caller
 from zllm.service.wire import Parsed, parser
 
 log = logging.getLogger(__name__)
@@ -33,17 +34,24 @@ def add_service(
     service: ServiceDescriptor,
     servicer: object,
     keys: ApiKeys | None = None,
+    observers: Sequence[Observer] = (),
 ) -> None:
     """Methods that the servicer does not have answer UNIMPLEMENTED by name. With `keys`, a call
-    needs one."""
-    handlers = {m.name: _handler(m, getattr(servicer, m.name, None), keys) for m in service.methods}
+    needs one. `observers` hear of each call."""
+    handlers = {
+        method.name: _handler(method, getattr(servicer, method.name, None), keys, observers)
+        for method in service.methods
+    }
     server.add_generic_rpc_handlers(
         (grpc.method_handlers_generic_handler(service.full_name, handlers),)
     )
 
 
 def _handler(
-    method: MethodDescriptor, function: Method | None, keys: ApiKeys | None
+    method: MethodDescriptor,
+    function: Method | None,
+    keys: ApiKeys | None,
+    observers: Sequence[Observer],
 ) -> grpc.RpcMethodHandler[Any, Any]:
     kind = (
         grpc.unary_stream_rpc_method_handler
@@ -52,9 +60,11 @@ def _handler(
     )
     return kind(
         _answering(
+            f"{method.containing_service.full_name}/{method.name}",
             function or _missing(method),
             parser(message_factory.GetMessageClass(method.input_type)),
             keys,
+            observers,
         ),
         # Not parsed by gRPC: nobody's bytes are before the caller is known.
         request_deserializer=None,
@@ -62,34 +72,54 @@ def _handler(
     )
 
 
-def _answering(function: Method, parse: Callable[[bytes], Parsed], keys: ApiKeys | None) -> Method:
-    async def respond(data: bytes, context: Context) -> Any:
+def _answering(
+    name: str,
+    function: Method,
+    parse: Callable[[bytes], Parsed],
+    keys: ApiKeys | None,
+    observers: Sequence[Observer],
+) -> Method:
+    async def respond(data: bytes, call: Call, context: Context) -> Any:
         try:
             if keys is not None:
-                set_caller(keys.caller(dict(context.invocation_metadata() or ())))
+                set_caller(keys.caller(call.metadata))
+                call.tenant = current_caller().tenant
             request = parse(data)
             if isinstance(request, ZllmError):
                 raise request
             return await function(request, context)
         except ZllmError as error:
+            call.code, call.error = code_of(error), error
             await abort(context, error)
         except grpc.aio.AbortError:
             raise
+        except asyncio.CancelledError:
+            left = context.time_remaining()
+            expired = left is not None and left <= 0
+            codes = grpc.StatusCode
+            call.code = codes.DEADLINE_EXCEEDED if expired else codes.CANCELLED
+            raise
         except grpc.aio.InternalError as error:
             # A write failed: the client left, and gRPC has not cancelled this task yet.
+            call.code = grpc.StatusCode.CANCELLED
             log.debug("an answer could not be sent: %s", error)
             await abort(context, ZllmError("the answer could not be sent"))
         except Exception:
             # The text of an unforeseen exception may hold paths or prompts: it stays in the log.
-            log.exception("unforeseen error in %s", getattr(function, "__qualname__", function))
+            log.exception("unforeseen error in %s", name)
+            call.code = grpc.StatusCode.INTERNAL
             await abort(context, ZllmError("internal error; the server's log says more"))
 
     async def answer(data: bytes, context: Context) -> Any:
+        call = Call(name, dict(context.invocation_metadata() or ()), observers)
+        set_call(call)
         try:
-            return await respond(data, context)
+            return await respond(data, call, context)
         except grpc.aio.InternalError as error:
             # Nor can its status be sent: it did leave.
             raise asyncio.CancelledError from error
+        finally:
+            call.end()
 
     return answer
 

@@ -14,6 +14,7 @@ from zllm.service.admin import AdminService
 from zllm.service.admin_server import AdminServer
 from zllm.service.config import ServerConfig
 from zllm.service.engines import Engines
+from zllm.service.exporter import Exporter
 from zllm.service.listener import join_address
 from zllm.service.server import Server
 from zllm.service.supervisor import ENGINE_COMMAND
@@ -63,11 +64,15 @@ async def serve(
     server = Server(config, awaits=[model.served_model_name for model in models])
     engines = Engines(config, server, say=say, command=command)
     admin = AdminServer(config, AdminService(config, version, server, engines, template))
-    await server.start()
-    await admin.start()
-    starting = asyncio.create_task(engines.start(models))
+    exporter = Exporter(config, server.metrics.registry)
     stopping = asyncio.create_task(stop.wait())
     try:
+        # Whatever fails to start, the rest is stopped.
+        if config.metrics:
+            await exporter.start()
+        await server.start()
+        await admin.start()
+        starting = asyncio.create_task(engines.start(models))
         await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
         if not starting.done():
             starting.cancel()
@@ -75,12 +80,15 @@ async def serve(
             return 0
         await starting
         say(f"admin on {join_address(config.admin_host, admin.port)}")
+        if config.metrics:
+            say(f"metrics on {exporter.url}")
         say(f"listening on {join_address(config.host, server.port)}")
         return await _until_stopped(engines, stopping)
     finally:
         stopping.cancel()
         await server.stop(config.shutdown_grace if engines.healthy else 0.0, hurry)
         await admin.stop()
+        await exporter.stop()
         await engines.stop()
 
 

@@ -14,11 +14,13 @@ from zllm.runtime.chat_template import ChatTemplate, load_chat_template
 from zllm.runtime.messages import EngineReady, FinishReason
 from zllm.runtime.tokenizer import Tokenizer, load_tokenizer
 from zllm.service.auth import ApiKeys
+from zllm.service.calls import Observer
 from zllm.service.config import ServerConfig
 from zllm.service.engine_client import EngineClient
 from zllm.service.generation import GenerationService
 from zllm.service.health import Health
 from zllm.service.listener import LAST_WRITES_S, listen, make_listener
+from zllm.service.metrics import Metrics
 from zllm.service.models import ModelService
 from zllm.service.served_model import Models, ServedModel
 from zllm.service.tls import server_credentials
@@ -32,14 +34,22 @@ class Server:
     """Listens from start() to stop(). The engines are the caller's.
 
     Health is SERVING while any model's engine speaks, once all of `awaits` have been added.
+    `observers` hear of users' calls, as `metrics` does.
     """
 
-    def __init__(self, config: ServerConfig, *, awaits: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        config: ServerConfig,
+        *,
+        awaits: Collection[str] = (),
+        observers: Sequence[Observer] = (),
+    ) -> None:
         self._config = config
         self._models = Models(loading=set(awaits))
         self._awaits = set(awaits)
         self._texts: dict[str, tuple[Tokenizer, ChatTemplate | None]] = {}
         self._health = Health()
+        self.metrics = Metrics(self._models)
         self._draining = False
         self._leaving: set[EngineClient] = set()
         self._generation = GenerationService(
@@ -56,7 +66,7 @@ class Server:
             (models_pb2.DESCRIPTOR.services_by_name["ModelService"], ModelService(self._models)),
             (health_pb2.DESCRIPTOR.services_by_name["Health"], self._health.servicer),
         ]
-        self._listener = make_listener(config, services, keys)
+        self._listener = make_listener(config, services, keys, [self.metrics, *observers])
         self.port = 0
 
     @property
@@ -96,6 +106,7 @@ class Server:
                 max_context_tokens=ready.max_model_len,
             )
         )
+        self.metrics.model_ready(name)
         self._awaits.discard(name)
         engine.on_health = self._follow
         self._follow()
@@ -117,6 +128,7 @@ class Server:
             await asyncio.sleep(LOOK_S)
         engine.end_all(FinishReason.SHUTDOWN)
         self._leaving.discard(engine)
+        self.metrics.model_gone(name)
 
     def abort(self, request_ids: Iterable[str] | None) -> list[str]:
         """Ends these requests, or all; returns those that were waiting or running."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from zllm.errors import EngineError, Overloaded, ZllmError
@@ -43,6 +44,7 @@ class Stream:
         has_stop_strings: bool = False,
         keep_stop: bool = False,
         min_tokens: int = 1,
+        on_start: Callable[[], None] = lambda: None,
     ) -> None:
         self._detokenizer = detokenizer
         self._keep_stop = keep_stop
@@ -50,6 +52,7 @@ class Stream:
         # is cheaper to make once a delta.
         self._eager = has_stop_strings
         self._min_tokens = min_tokens
+        self._on_start = on_start
         self._undigested: list[int] = []
         self._finish: FinishReason | None = None
         self._pending = Delta()
@@ -58,8 +61,12 @@ class Stream:
         self._wake = asyncio.Event()
         self.arrived = time.monotonic()
         self.first_token_at = self.arrived
+        self.ended_at = 0.0
+        self.started = False
+        self.finish: Finish | None = None
         self.cached_tokens = 0
         self.queued_s = 0.0
+        self.prefill_s = 0.0
         self.completion_tokens = 0
         self.cumulative_logprob = 0.0
 
@@ -71,7 +78,10 @@ class Stream:
     def start(self, started: RequestStarted) -> None:
         self.cached_tokens = started.cached_tokens
         self.queued_s = started.queued_s
+        self.prefill_s = started.prefill_s
         self.first_token_at = time.monotonic()
+        self.started = True
+        self._on_start()
 
     def push(self, token: int, finish: int, logprobs: TokenLogprobs | None = None) -> bool:
         """One entry of a step: a token, a finish or both. True: a stop string just ended it,
@@ -156,15 +166,19 @@ class Stream:
         return ended and not self._keep_stop
 
     def _close(self, finish: Finish) -> None:
-        self._pending.finish = finish
+        self._pending.finish = self.finish = finish
         self._closed = True
+        self.ended_at = self.ended_at or time.monotonic()
 
     def _count(self) -> int:
         return len(self._undigested) + len(self._pending.token_ids)
 
     def _end(self, reason: FinishReason) -> None:
+        self.ended_at = time.monotonic()
         if reason is FinishReason.QUEUE_TIMEOUT:
-            self._error = Overloaded("queue_timeout passed before the request could start")
+            self._error = Overloaded(
+                "queue_timeout passed before the request could start", cause="queue_timeout"
+            )
         elif reason is FinishReason.ERROR:
             self._error = EngineError("the engine could not go on with this request")
         else:

@@ -73,7 +73,10 @@ class Caller:
         if grant is not None:
             most = grant.max_concurrent_requests
             if most is not None and usage.running >= most:
-                raise Overloaded(f"tenant {grant.tenant} has {most} requests running, its limit")
+                raise Overloaded(
+                    f"tenant {grant.tenant} has {most} requests running, its limit",
+                    cause="tenant_requests",
+                )
             if grant.tokens_per_minute is not None:
                 self._check_tokens(grant.tokens_per_minute)
         usage.running += 1
@@ -95,6 +98,7 @@ class Caller:
             raise Overloaded(
                 f"tenant {self.tenant} has used its {per_minute} tokens a minute",
                 retry_after=(over + 1) * 60 / per_minute,
+                cause="tenant_tokens",
             )
 
     def _pay(self, per_minute: int) -> None:

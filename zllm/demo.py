@@ -62,7 +62,8 @@ def _ask(console: Console, client: Client, question: str, expected: str) -> bool
 @contextmanager
 def running_server(console: Console) -> Iterator[str]:
     """`zllm serve` on free ports, as its own process; gives its address and stops it after."""
-    command = [sys.executable, "-m", "zllm", "serve", "--port", "0", "--admin-port", "0"]
+    ports = ["--port", "0", "--admin-port", "0", "--metrics-port", "0"]
+    command = [sys.executable, "-m", "zllm", "serve", *ports]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_read_lines, args=(server, lines), daemon=True).start()

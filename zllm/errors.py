@@ -58,19 +58,27 @@ class WrongState(RequestError):
 
 
 class Overloaded(ZllmError):
-    """No room now; try again after `retry_after` seconds (RESOURCE_EXHAUSTED)."""
+    """No room now; try again after `retry_after` seconds (RESOURCE_EXHAUSTED). `cause` is one of
+    service/metrics.py's."""
 
-    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+    def __init__(
+        self, message: str, retry_after: float = 1.0, *, cause: str = "queue_full"
+    ) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+        self.cause = cause
 
 
 class Unavailable(ZllmError):
-    """Loading, draining or restarting; try again after `retry_after` seconds (UNAVAILABLE)."""
+    """Loading, draining or restarting; try again after `retry_after` seconds (UNAVAILABLE).
+    `cause` is one of service/metrics.py's."""
 
-    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+    def __init__(
+        self, message: str, retry_after: float = 1.0, *, cause: str = "engine_unavailable"
+    ) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+        self.cause = cause
 
 
 class EngineError(ZllmError):

@@ -417,3 +417,31 @@ def test_a_request_too_large_for_memory_is_refused_and_leaves_no_trace() -> None
         timeout=120,
     )
     assert done.stdout.count("no memory for") == 2
+
+
+def test_the_time_between_tokens_is_counted_by_length() -> None:
+    scheduler = make_scheduler()
+    driver = Driver(scheduler, overlap=False)
+    driver.now = 100.0
+    driver.add(1, prompt_of(4), max_tokens=4, eos_token_ids=())
+    for seconds in (7.0, 0.0004, 0.0007, 50.0):
+        driver.plan()
+        driver.now += seconds
+        driver.commit()
+    bounds, counts, total = scheduler.inter_token()
+    found = dict(zip([*bounds, math.inf], counts, strict=True))
+    assert {bound for bound, count in found.items() if count} == {0.0005, 0.001, math.inf}
+    assert sum(counts) == 3
+    assert total == pytest.approx(50.0011)
+    assert list(bounds) == sorted(bounds)
+
+
+def test_a_first_token_comes_with_the_times_in_the_queue_and_in_prefill() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=16)
+    arena_of_step = np.zeros(scheduler.arena_words, np.int32)
+    scheduler.add(1, np.array(prompt_of(20), np.int32), now=100.0, max_tokens=2)
+    for now, started in ((103.0, []), (104.0, [(1, 0, 3.0, 1.5)]), (105.0, [])):
+        plan = scheduler.plan(now, arena_of_step)
+        assert plan is not None
+        tokens = np.ones(plan.num_rows, np.int32)
+        assert scheduler.commit(plan, tokens, now + 0.5).started == started

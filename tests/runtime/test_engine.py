@@ -52,6 +52,19 @@ def run(engine: Engine) -> dict[int, tuple[list[int], int]]:
     return found
 
 
+def test_steps_and_times_between_tokens_are_counted(engine: Engine) -> None:
+    for number in range(2):
+        engine.add(request(number))
+    run(engine)
+    stats, load = engine.stats(), engine.load()
+    assert sum(stats.step_seconds.counts) == sum(stats.step_tokens.counts) == load.steps
+    assert stats.step_tokens.sum >= load.prefix_query_tokens + 2 * 3
+    assert sum(stats.inter_token.counts) == 2 * 3
+    assert 0 < stats.inter_token.sum < 2 * stats.step_seconds.sum
+    for histogram in (stats.step_seconds, stats.step_tokens, stats.inter_token):
+        assert len(histogram.counts) == len(histogram.bounds) + 1
+
+
 def test_a_full_queue_refuses_without_a_field_and_goes_on(engine: Engine) -> None:
     for number in range(20):
         engine.add(request(number))

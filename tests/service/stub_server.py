@@ -10,10 +10,12 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from urllib.request import urlopen
 
 import grpc
 import psutil
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from prometheus_client.parser import text_string_to_metric_families
 
 from zllm.clients.aio import AsyncClient
 from zllm.runtime.config import EngineConfig
@@ -44,6 +46,23 @@ class Served:
     def admin_target(self) -> str:
         return next(line.split()[-1] for line in self.lines if line.startswith("admin on "))
 
+    @property
+    def metrics_url(self) -> str:
+        return next(line.split()[-1] for line in self.lines if line.startswith("metrics on "))
+
+    async def scrape(self) -> dict[tuple[str, str], float]:
+        """The values of series that have no label but the model's name, by name and model."""
+        page = await asyncio.to_thread(lambda: urlopen(self.metrics_url, timeout=5).read())
+        return {
+            (sample.name, sample.labels.get("model_name", "")): sample.value
+            for family in text_string_to_metric_families(page.decode())
+            for sample in family.samples
+            if not sample.labels.keys() - {"model_name"}
+        }
+
+    def engines(self) -> list[psutil.Process]:
+        return engines()
+
     def engine(self) -> psutil.Process:
         (engine,) = engines()
         return engine
@@ -66,7 +85,8 @@ async def serving(
     num_kv_blocks: int | None = 64,
     **settings: float,
 ) -> AsyncIterator[Served]:
-    config = ServerConfig(port=0, admin_port=0, **{"restart_backoff": 0.2} | settings)
+    ports = {"port": 0, "admin_port": 0, "metrics_port": 0}
+    config = ServerConfig(**ports | {"restart_backoff": 0.2} | settings)
     template = EngineConfig(model=EMBEDDED_MODEL, num_kv_blocks=num_kv_blocks)
     models = share_out([replace(template, served_model_name=name) for name in names])
     lines: list[str] = []

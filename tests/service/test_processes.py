@@ -26,7 +26,7 @@ from zllm.v1 import admin_pb2, admin_pb2_grpc
 
 SERVE = [
     sys.executable, "-m", "zllm", "serve", "--port", "0", "--admin-port", "0",
-    "--num-kv-blocks", "256", "--max-num-seqs", "16",
+    "--metrics-port", "0", "--num-kv-blocks", "256", "--max-num-seqs", "16",
 ]  # fmt: skip
 
 
