@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import sys
 import types
 from pathlib import Path
@@ -80,6 +81,28 @@ async def test_the_names_and_kinds_are_vllms() -> None:
         page = generate_latest(server.server.metrics.registry).decode()
     kinds = {family.name: family.type for family in text_string_to_metric_families(page)}
     assert {f"zllm:{name}": kind for name, kind in VLLM_NAMES.items()}.items() <= kinds.items()
+
+
+async def test_the_manual_lists_every_metric_with_its_kind_and_labels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake_nvml(monkeypatch)
+    async with running() as server:
+        server.engine_client.gpu = "GPU-1"
+        await server.client.generate("abc", max_tokens=1)
+        await until(server, 1, "rpc_requests_total", method=GENERATE, code="OK")
+        exported = set()
+        for family in server.server.metrics.registry.collect():
+            if family.name.startswith("zllm:"):
+                labels = {label for sample in family.samples for label in sample.labels} - {"le"}
+                name = family.name + "_total" * (family.type == "counter")
+                exported.add((name, family.type, frozenset(labels), family.documentation))
+    manual = (Path(__file__).parents[2] / "docs/operations.md").read_text()
+    rows = re.findall(r"^\| `(zllm:\w+)` \| (\w+) \| (.*) \| (.*) \|$", manual, re.MULTILINE)
+    assert exported == {
+        (name, kind, frozenset(re.findall(r"`(\w+)`", labels)), text)
+        for name, kind, labels, text in rows
+    }
 
 
 async def test_every_series_of_a_model_is_there_before_its_first_event() -> None:
