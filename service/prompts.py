@@ -10,6 +10,7 @@ import json
 from typing import Any
 
 from google.protobuf import json_format
+from google.protobuf.struct_pb2 import Struct
 
 from zllm.errors import InvalidRequest
 from zllm.service.served_model import ServedModel
@@ -42,11 +43,22 @@ def _render(chat: generation_pb2.Chat, model: ServedModel) -> str:
     template = model.chat_template
     if template is None:
         raise InvalidRequest("chat", f"model {model.name} has no chat template: send text instead")
-    return template.render(
-        [{"role": message.role, "content": message.content} for message in chat.messages],
-        tools=_tools(chat.tools_json),
-        variables=json_format.MessageToDict(chat.template_kwargs),
-    )
+    try:
+        return template.render(
+            [{"role": message.role, "content": message.content} for message in chat.messages],
+            tools=_tools(chat.tools_json),
+            variables=_variables(chat.template_kwargs),
+        )
+    except RecursionError:
+        raise InvalidRequest("chat", "tools_json or template_kwargs is nested too deep") from None
+
+
+def _variables(given: Struct) -> dict[str, Any]:
+    try:
+        return json_format.MessageToDict(given)
+    except ValueError as error:
+        # JSON has neither NaN nor infinities.
+        raise InvalidRequest("chat.template_kwargs", f"it is no JSON: {error}") from None
 
 
 def _tools(tools_json: str) -> list[Any] | None:

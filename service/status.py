@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import grpc
@@ -26,6 +27,13 @@ from zllm.errors import (
 )
 
 DETAILS_KEY = "grpc-status-details-bin"
+
+MAX_MESSAGE_BYTES = 1000
+MAX_VIOLATIONS_BYTES = 2000
+MAX_FIELD_BYTES = 200
+"""A client takes 8 KiB of metadata by default, and an error is metadata: its message, which may
+treble as it is percent-encoded, and the details in base64, which hold it once more. Of a longer one
+the client would learn nothing but that it is too long."""
 
 _CODES: list[tuple[type[ZllmError], grpc.StatusCode]] = [
     (InvalidRequest, grpc.StatusCode.INVALID_ARGUMENT),
@@ -60,16 +68,12 @@ def code_of(error: ZllmError) -> grpc.StatusCode:
 
 def details_of(error: ZllmError) -> status_pb2.Status:
     """BadRequest for a field at fault, RetryInfo where another try may succeed."""
-    status = status_pb2.Status(code=code_of(error).value[0], message=str(error))
+    message = _cut(str(error), MAX_MESSAGE_BYTES)
+    status = status_pb2.Status(code=code_of(error).value[0], message=message)
     detail: Message | None = None
     if isinstance(error, RequestError):
         violations = error.violations if isinstance(error, BadFields) else [error]
-        detail = error_details_pb2.BadRequest(
-            field_violations=[
-                error_details_pb2.BadRequest.FieldViolation(field=v.field, description=v.reason)
-                for v in violations
-            ]
-        )
+        detail = error_details_pb2.BadRequest(field_violations=_told(violations))
     elif isinstance(error, (Overloaded, Unavailable)):
         delay = Duration()
         delay.FromNanoseconds(int(error.retry_after * 1e9))
@@ -79,9 +83,31 @@ def details_of(error: ZllmError) -> status_pb2.Status:
     return status
 
 
+def _told(
+    violations: Iterable[RequestError],
+) -> Iterator[error_details_pb2.BadRequest.FieldViolation]:
+    """As many as there is room for, the first in any case."""
+    room = MAX_VIOLATIONS_BYTES
+    for violation in violations:
+        field = _cut(violation.field, MAX_FIELD_BYTES)
+        reason = _cut(violation.reason, MAX_MESSAGE_BYTES)
+        room -= len(field.encode()) + len(reason.encode())
+        if room < 0:
+            return
+        yield error_details_pb2.BadRequest.FieldViolation(field=field, description=reason)
+
+
+def _cut(text: str, most: int) -> str:
+    """At most so many bytes of it, in whole characters."""
+    data = text.encode(errors="replace")
+    return text if len(data) <= most else data[: most - 3].decode(errors="ignore") + "…"
+
+
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: ZllmError) -> None:
     """Ends the call with the error's status. Raises, as every gRPC abort does."""
     details = details_of(error)
     await context.abort(
-        code_of(error), str(error), trailing_metadata=((DETAILS_KEY, details.SerializeToString()),)
+        code_of(error),
+        details.message,
+        trailing_metadata=((DETAILS_KEY, details.SerializeToString()),),
     )

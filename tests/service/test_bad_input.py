@@ -174,6 +174,16 @@ async def test_all_violations_of_a_request_are_told_at_once(server: Harness) -> 
     ]
 
 
+async def test_more_violations_than_a_client_takes_are_told_in_part(server: Harness) -> None:
+    stub = generation_pb2_grpc.GenerationServiceStub(server.channel)
+    nameless = build_request([{"role": "", "content": "hi"}] * 4000, stop=["🙂" * 5000])
+    told = await violations(stub.Generate(nameless))
+    assert told[:2] == ["stopping.stop_strings[0]", "chat.messages[0].role"]
+    assert 10 < len(told) < 4000
+    with pytest.raises(UnknownModel, match="not served"):
+        await server.client.generate("abc", model="🙂" * 5000)
+
+
 @pytest.mark.parametrize(
     ("field", "request_bytes"),
     [
