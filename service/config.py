@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from dataclasses import dataclass
+from typing import Literal
 
 from zllm.errors import ConfigError
 
@@ -21,6 +22,12 @@ class ServerConfig:
     """Serve Prometheus metrics, plain HTTP, at metrics_host:metrics_port/metrics."""
     metrics_host: str = "127.0.0.1"
     metrics_port: int = 50053
+    log_format: Literal["console", "json"] = "console"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_prompts: bool = False
+    """Log what requests ask and what they are answered."""
+    stats_interval: float = 10.0
+    """Seconds between two lines on what the engines do, while they have work; 0: none."""
     reflection: bool | None = None
     """None: only where `host` is loopback."""
     tls_cert: str = ""
@@ -63,7 +70,13 @@ class ServerConfig:
             value = getattr(self, name)
             if not 0 <= value <= 65535:
                 raise ConfigError(f"{name} is {value}: it must be in 0..65535")
-        for name in ("queue_timeout", "shutdown_grace", "drain_delay", "restart_backoff"):
+        for name in (
+            "queue_timeout",
+            "shutdown_grace",
+            "drain_delay",
+            "restart_backoff",
+            "stats_interval",
+        ):
             value = getattr(self, name)
             if not value >= 0:
                 raise ConfigError(f"{name} is {value}: it must be 0 or more seconds")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import sys
@@ -16,8 +17,13 @@ from zllm.service.config import ServerConfig
 from zllm.service.engines import Engines
 from zllm.service.exporter import Exporter
 from zllm.service.listener import join_address
+from zllm.service.logs import Logs
+from zllm.service.request_log import RequestLog
 from zllm.service.server import Server
+from zllm.service.stats_log import StatsLog
 from zllm.service.supervisor import ENGINE_COMMAND
+
+log = logging.getLogger(__name__)
 
 ENGINE_LOST = 3
 """Exit code where every engine failed more often in a row than max_restarts allows."""
@@ -31,12 +37,13 @@ def run(
     version: str,
 ) -> int:
     """Serves until SIGTERM or SIGINT. Returns the exit code; raises ConfigError at start-up."""
-    serving = serve(server, models, template, version=version)
-    try:
-        import uvloop
-    except ImportError:
-        return asyncio.run(serving)
-    return uvloop.run(serving)
+    with Logs(server):
+        serving = serve(server, models, template, version=version)
+        try:
+            import uvloop
+        except ImportError:
+            return asyncio.run(serving)
+        return uvloop.run(serving)
 
 
 def _say(line: str) -> None:
@@ -61,11 +68,13 @@ async def serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, lambda: (hurry if stop.is_set() else stop).set())
     say(f"zllm {version}")
-    server = Server(config, awaits=[model.served_model_name for model in models])
+    names = [model.served_model_name for model in models]
+    server = Server(config, awaits=names, observers=[RequestLog(config.log_prompts)])
     engines = Engines(config, server, say=say, command=command)
     admin = AdminServer(config, AdminService(config, version, server, engines, template))
     exporter = Exporter(config, server.metrics.registry)
     stopping = asyncio.create_task(stop.wait())
+    stats = asyncio.create_task(StatsLog(lambda: server.models).run(config.stats_interval))
     try:
         # Whatever fails to start, the rest is stopped.
         if config.metrics:
@@ -86,6 +95,7 @@ async def serve(
         return await _until_stopped(engines, stopping)
     finally:
         stopping.cancel()
+        stats.cancel()
         await server.stop(config.shutdown_grace if engines.healthy else 0.0, hurry)
         await admin.stop()
         await exporter.stop()
@@ -100,5 +110,5 @@ async def _until_stopped(engines: Engines, stopping: asyncio.Task[bool]) -> int:
         lost.cancel()
         engines.keep_no_longer()
         return 0
-    print(f"zllm: {lost.result()}; giving up", file=sys.stderr, flush=True)
+    log.error("%s; giving up", lost.result())
     return ENGINE_LOST

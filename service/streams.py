@@ -69,6 +69,8 @@ class Stream:
         self.prefill_s = 0.0
         self.completion_tokens = 0
         self.cumulative_logprob = 0.0
+        self.taken: list[str] | None = None
+        """The text of all deltas, where somebody put a list here."""
 
     @property
     def over(self) -> bool:
@@ -120,6 +122,8 @@ class Stream:
         if self._error is not None:
             self._wake.set()
         self.completion_tokens += len(delta.token_ids)
+        if self.taken is not None:
+            self.taken.append(delta.text)
         self.cumulative_logprob += sum(entry.logprob for entry in delta.logprobs)
         return delta
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -17,6 +17,7 @@ from zllm.runtime.config import EngineConfig
 from zllm.runtime.embedded import EMBEDDED_MODEL
 from zllm.service.admin import AdminService
 from zllm.service.admin_server import AdminServer
+from zllm.service.calls import Observer
 from zllm.service.config import ServerConfig
 from zllm.service.engine_client import EngineClient
 from zllm.service.engines import Engines
@@ -65,7 +66,10 @@ class Harness:
 
 @asynccontextmanager
 async def running(
-    engine: StubEngine | None = None, config: ServerConfig | None = None, timeout: float = 10.0
+    engine: StubEngine | None = None,
+    config: ServerConfig | None = None,
+    timeout: float = 10.0,
+    observers: Sequence[Observer] = (),
 ) -> AsyncIterator[Harness]:
     engine = engine or StubEngine()
     config = config or ServerConfig(port=0, admin_port=0)
@@ -73,7 +77,7 @@ async def running(
         thread = EngineThread(engine, f"ipc://{folder}/engine.sock")
         client = EngineClient(thread.address, timeout=timeout)
         ready = await client.connect()
-        server = Server(config, awaits=["stub"])
+        server = Server(config, awaits=["stub"], observers=observers)
         engines = Engines(config, server, say=lambda _: None)
         template = EngineConfig(model=EMBEDDED_MODEL)
         admin_server = AdminServer(config, AdminService(config, "test", server, engines, template))
