@@ -30,7 +30,8 @@ class Int64(int):
     """An integer argument that the kernel takes as 64 bits; a plain int is 32."""
 
 
-def _check(status: Any, what: str) -> None:
+def check_status(status: Any, what: str) -> None:
+    """Raises KernelError with the driver's words unless a call of it succeeded."""
     if status != driver.CUresult.CUDA_SUCCESS:
         _, name = driver.cuGetErrorName(status)
         _, text = driver.cuGetErrorString(status)
@@ -96,11 +97,11 @@ class Kernel:
         with torch.cuda.device(device):
             torch.cuda.current_stream().synchronize()  # makes the primary context current
             status, self._library = driver.cuLibraryLoadData(cubin, [], [], 0, [], [], 0)
-            _check(status, f"{function}: the cubin does not load")
+            check_status(status, f"{function}: the cubin does not load")
             status, kernel = driver.cuLibraryGetKernel(self._library, function.encode())
-            _check(status, f"{function}: not in the cubin")
+            check_status(status, f"{function}: not in the cubin")
             status, self._handle = driver.cuKernelGetFunction(kernel)
-            _check(status, f"{function}: no handle")
+            check_status(status, f"{function}: no handle")
         self._max_shared = _DEFAULT_SHARED_BYTES
         self._layouts: dict[tuple[Any, ...], _Layout] = {}
         self._configs: dict[tuple[bool, bool], Any] = {}
@@ -146,19 +147,19 @@ class Kernel:
         (status,) = driver.cuLaunchKernelEx(config, self._handle, layout.address, 0)
         if status:
             shape = f"grid {grid}, block {block}, {shared_bytes} bytes of shared memory"
-            _check(status, f"{self.function} did not launch ({shape})")
+            check_status(status, f"{self.function} did not launch ({shape})")
 
     def attribute(self, name: str) -> int:
         """A CU_FUNC_ATTRIBUTE_ of the function, such as NUM_REGS."""
         which = getattr(driver.CUfunction_attribute, f"CU_FUNC_ATTRIBUTE_{name}")
         status, value = driver.cuFuncGetAttribute(which, self._handle)
-        _check(status, f"{self.function}: {name}")
+        check_status(status, f"{self.function}: {name}")
         return int(value)
 
     def _allow_shared(self, shared_bytes: int) -> None:
         which = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         (status,) = driver.cuFuncSetAttribute(self._handle, which, shared_bytes)
-        _check(status, f"{self.function}: {shared_bytes} bytes of shared memory")
+        check_status(status, f"{self.function}: {shared_bytes} bytes of shared memory")
         self._max_shared = shared_bytes
 
     def _config(self, pdl: bool, cooperative: bool) -> Any:

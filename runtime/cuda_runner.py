@@ -21,6 +21,7 @@ from rich.progress import Progress
 
 from zllm.cuda.attention import PagedAttention
 from zllm.cuda.launcher import KernelLibrary
+from zllm.cuda.upload import Upload
 from zllm.native import arena as layout
 from zllm.native.scheduler import Plan
 from zllm.runtime.config import BLOCK_SIZE, EngineConfig
@@ -50,7 +51,8 @@ class _Ticket:
     done: torch.cuda.Event
     step: int
     num_rows: int
-    sampled_rows: npt.NDArray[np.intp]
+    sampled_rows: npt.NDArray[np.intp] | None
+    """Rows of the step that sample; None: all of them."""
     extras: tuple[torch.Tensor | None, ...]
     """Log-probabilities, ranks and the most likely, on their way to pinned memory; empty where no
     row asked for them."""
@@ -129,7 +131,10 @@ class CudaRunner:
         self.swap_cost = self._swap_cost(per_block) if self.num_host_blocks else 0.0
         self._buckets = choose_buckets(shape.max_rows, shape.max_tokens)
         self._graphs: StepGraphs | None = None if config.enforce_eager else StepGraphs(self.device)
-        self._host_arenas: tuple[torch.Tensor, ...] = ()
+        self._host_tokens = self._step.host_tokens.numpy()
+        self._uploads: tuple[Upload, ...] = ()
+        # A step is collected before the one after the next is launched, which has its arena.
+        self._done = (torch.cuda.Event(), torch.cuda.Event())
         self.arenas = (np.zeros(0, np.int32), np.zeros(0, np.int32))
         self.gpu = f"GPU-{torch.cuda.get_device_properties(self.device).uuid}"
         self.report = [
@@ -145,12 +150,12 @@ class CudaRunner:
 
     def allocate_arenas(self, num_words: int) -> None:
         """Make the pinned arenas, then capture the graphs, which read the device's copy."""
-        self._host_arenas = tuple(
+        self._step.allocate_arena(num_words)
+        first, second = (
             torch.zeros(num_words, dtype=torch.int32, pin_memory=True) for _ in range(2)
         )
-        first, second = (arena.numpy() for arena in self._host_arenas)
-        self.arenas = (first, second)
-        self._step.allocate_arena(num_words)
+        self.arenas = (first.numpy(), second.numpy())
+        self._uploads = (Upload(first, self._step.arena), Upload(second, self._step.arena))
         if self._graphs is not None:
             started = time.perf_counter()
             self._capture(self._graphs)
@@ -158,9 +163,8 @@ class CudaRunner:
             self.report.append(f"CUDA graphs: {len(self._graphs)} captured in {took:.1f} s")
 
     def launch(self, plan: Plan, arena_index: int) -> _Ticket:
-        arena, host = self._host_arenas[arena_index], self.arenas[arena_index]
-        words = plan.num_words
-        self._step.arena[:words].copy_(arena[:words], non_blocking=True)
+        host = self.arenas[arena_index]
+        self._uploads[arena_index](plan.num_words)
         if plan.num_swap_out or plan.num_swap_in or plan.num_copies:
             self._step.move_blocks(plan, host, self._cache, self._host_cache)
         try:
@@ -176,11 +180,10 @@ class CudaRunner:
             # Copied behind this step: asked for in `collect`, they would wait for the next one.
             found = (sampled.logprobs, sampled.ranks, sampled.top_ids, sampled.top_logprobs)
             extras = tuple(x if x is None else x.to("cpu", non_blocking=True) for x in found)
-        done = torch.cuda.Event()
+        done = self._done[arena_index]
         done.record()
-        if plan.num_sampled == plan.num_rows:
-            rows = np.arange(plan.num_rows)
-        else:
+        rows = None
+        if plan.num_sampled != plan.num_rows:
             start = host[layout.H_FLAGS]
             rows = np.flatnonzero(host[start : start + plan.num_rows] & layout.F_SAMPLE)
         return _Ticket(done, plan.step, plan.num_rows, rows, extras, failed)
@@ -188,10 +191,10 @@ class CudaRunner:
     def collect(self, ticket: _Ticket) -> StepResult:
         ticket.done.synchronize()
         rows, num_rows = ticket.sampled_rows, ticket.num_rows
-        count = len(rows)
+        count = num_rows if rows is None else len(rows)
         if ticket.failed:
             return StepResult(np.full(num_rows, -1, np.int32))
-        tokens = self._step.host_tokens[ticket.step & 1, :count].numpy().copy()
+        tokens = self._host_tokens[ticket.step & 1, :count].copy()
         found = [
             None if x is None else spread_rows(x[:count].numpy(), num_rows, rows)
             for x in ticket.extras

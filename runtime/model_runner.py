@@ -85,10 +85,11 @@ class ModelRunner(Protocol):
 
 
 def spread_rows(
-    values: npt.NDArray[Any], num_rows: int, rows: npt.NDArray[np.intp]
+    values: npt.NDArray[Any], num_rows: int, rows: npt.NDArray[np.intp] | None
 ) -> npt.NDArray[Any]:
-    """[S, ...] -> [num_rows, ...]: sampled rows to their places in the step, zeros elsewhere."""
-    if len(rows) == num_rows:
+    """[S, ...] -> [num_rows, ...]: sampled rows to their places in the step, zeros elsewhere.
+    `rows` None: all of them sample."""
+    if rows is None or len(rows) == num_rows:
         return values
     out = np.zeros((num_rows, *values.shape[1:]), values.dtype)
     out[rows] = values
