@@ -53,7 +53,7 @@ $(VENV)/.tools: constraints.txt pyproject.toml
 
 # An editable install maps the files that exist: a new file changes its folder's mtime.
 $(VENV)/.installed: $(VENV)/.tools pyproject.toml CMakeLists.txt constraints.txt $(SOURCES)
-	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[cuda,dev]'
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[cuda,dev,tracing]'
 	@touch $@
 
 clean:

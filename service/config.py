@@ -26,6 +26,8 @@ class ServerConfig:
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_prompts: bool = False
     """Log what requests ask and what they are answered."""
+    otlp_endpoint: str = ""
+    """Where traces go, as http://HOST:PORT of an OTLP collector's gRPC; empty: nowhere."""
     stats_interval: float = 10.0
     """Seconds between two lines on what the engines do, while they have work; 0: none."""
     reflection: bool | None = None
@@ -97,6 +99,10 @@ class ServerConfig:
         if not 1024 <= self.max_metadata_bytes <= 2**20:
             raise ConfigError(
                 f"max_metadata_bytes is {self.max_metadata_bytes}: it must be in 1024..1048576"
+            )
+        if self.otlp_endpoint and not self.otlp_endpoint.startswith(("http://", "https://")):
+            raise ConfigError(
+                f"otlp_endpoint is {self.otlp_endpoint}: it must be http://HOST:PORT, or https://"
             )
         self._check_exposure()
         if self.max_message_bytes < 1024:

@@ -9,10 +9,13 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
+from zllm.errors import ConfigError
 from zllm.runtime.config import EngineConfig
 from zllm.service.admin import AdminService
 from zllm.service.admin_server import AdminServer
+from zllm.service.calls import Observer
 from zllm.service.config import ServerConfig
 from zllm.service.engines import Engines
 from zllm.service.exporter import Exporter
@@ -22,6 +25,9 @@ from zllm.service.request_log import RequestLog
 from zllm.service.server import Server
 from zllm.service.stats_log import StatsLog
 from zllm.service.supervisor import ENGINE_COMMAND
+
+if TYPE_CHECKING:
+    from zllm.service.tracing import Traces
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +75,11 @@ async def serve(
         loop.add_signal_handler(number, lambda: (hurry if stop.is_set() else stop).set())
     say(f"zllm {version}")
     names = [model.served_model_name for model in models]
-    server = Server(config, awaits=names, observers=[RequestLog(config.log_prompts)])
+    observers: list[Observer] = [RequestLog(config.log_prompts)]
+    traces = _traces(config, version)
+    if traces is not None:
+        observers.append(traces)
+    server = Server(config, awaits=names, observers=observers)
     engines = Engines(config, server, say=say, command=command)
     admin = AdminServer(config, AdminService(config, version, server, engines, template))
     exporter = Exporter(config, server.metrics.registry)
@@ -99,7 +109,21 @@ async def serve(
         await server.stop(config.shutdown_grace if engines.healthy else 0.0, hurry)
         await admin.stop()
         await exporter.stop()
+        if traces is not None:
+            await traces.stop()
         await engines.stop()
+
+
+def _traces(config: ServerConfig, version: str) -> Traces | None:
+    if not config.otlp_endpoint:
+        return None
+    try:
+        from zllm.service.tracing import Traces
+    except ImportError as error:
+        raise ConfigError(
+            f"otlp_endpoint needs OpenTelemetry ({error}): pip install 'zllm[tracing]'"
+        ) from None
+    return Traces.to(config.otlp_endpoint, version)
 
 
 async def _until_stopped(engines: Engines, stopping: asyncio.Task[bool]) -> int:

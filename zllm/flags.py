@@ -50,6 +50,7 @@ HELP = {
     "log_level": "the least that is logged; a request's own line is info",
     "log_prompts": "log prompts and answers too",
     "stats_interval": "seconds between two lines on what the engines do, while they work; 0: none",
+    "otlp_endpoint": "OTLP collector that gets traces, e.g. http://localhost:4317",
     "metrics": "serve Prometheus metrics",
     "metrics_host": "address of the metrics' listener",
     "metrics_port": "port of the metrics' listener; 0 takes a free one",
