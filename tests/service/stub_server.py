@@ -29,8 +29,15 @@ STUB = Path(__file__).parent / "stub_engine.py"
 
 def engines() -> list[psutil.Process]:
     """Those that this process started and that live, the first started first."""
-    found = [p for p in psutil.Process().children() if "engine.sock" in " ".join(p.cmdline())]
+    found = [process for process in psutil.Process().children() if _is_engine(process)]
     return sorted(found, key=lambda process: process.create_time())
+
+
+def _is_engine(process: psutil.Process) -> bool:
+    try:
+        return "engine.sock" in " ".join(process.cmdline())
+    except psutil.NoSuchProcess:  # it has just ended
+        return False
 
 
 @dataclass
