@@ -1,15 +1,18 @@
 """An engine that computes nothing: every running request gets a token each step, at a set rate.
 
-Run by benchmarks/service.py in place of runtime/engine_process.py; the step's length in seconds is
-in the environment's ZLLM_BENCH_STEP_S.
+Run by rate_service.py in place of runtime/engine_process.py. The environment says how:
+ZLLM_BENCH_STEP_S, the step's length in seconds; ZLLM_BENCH_TIMES, a file for the time of each step;
+ZLLM_BENCH_CPUS, the cores to stay on, with commas between them.
 """
 
 from __future__ import annotations
 
 import os
+import struct
 import sys
 import threading
 import time
+from typing import BinaryIO
 
 import numpy as np
 
@@ -25,15 +28,18 @@ from zllm.runtime.messages import (
     StepOutput,
 )
 
-VOCAB, EOS, TOKEN = 896, 832, 65
-"""The embedded model's tokenizer detokenizes: TOKEN is a letter."""
+VOCAB, EOS = 896, 832
+"""The embedded model's, whose tokenizer detokenizes."""
+DISTINCT = 800
+"""Step n's token is n modulo this, so that a reader knows which step a token is from."""
 
 
 class RateEngine:
     """Steppable (runtime/engine_process.py) with flat arrays, so that it is never the slow part."""
 
-    def __init__(self, step_s: float) -> None:
+    def __init__(self, step_s: float, times: BinaryIO) -> None:
         self._step_s = step_s
+        self._times = times
         self._next_step = 0.0
         self._ids = np.zeros(0, np.int64)
         self._left = np.zeros(0, np.int64)
@@ -66,9 +72,11 @@ class RateEngine:
             self._new = []
         self._left -= 1
         over = self._left <= 0
+        token = self._steps % DISTINCT
+        self._times.write(struct.pack("d", time.monotonic()))
         output = StepOutput(
             request_ids=self._ids.tobytes(),
-            tokens=np.full(len(self._ids), TOKEN, np.int32).tobytes(),
+            tokens=np.full(len(self._ids), token, np.int32).tobytes(),
             finishes=(over * np.uint8(FinishReason.LENGTH)).astype(np.uint8).tobytes(),
             started=started,
             refused=[],
@@ -102,7 +110,12 @@ def main(address: str) -> None:
         os._exit(1)
 
     threading.Thread(target=watch_parent, daemon=True).start()
-    EngineLoop(RateEngine(float(os.environ["ZLLM_BENCH_STEP_S"])), bind(address)).run()
+    cpus = os.environ.get("ZLLM_BENCH_CPUS", "")
+    if cpus:
+        os.sched_setaffinity(0, {int(cpu) for cpu in cpus.split(",")})
+    path = os.environ.get("ZLLM_BENCH_TIMES", "")
+    with open(path or os.devnull, "wb", buffering=0) as times:
+        EngineLoop(RateEngine(float(os.environ["ZLLM_BENCH_STEP_S"]), times), bind(address)).run()
 
 
 if __name__ == "__main__":

@@ -1,172 +1,180 @@
 """What the service adds and carries: latency over the bare engine, tokens and messages a second.
 
-    python benchmarks/service.py [--json FILE]
+    python benchmarks/service.py [--pin] [--json FILE] [--plot FILE]
 
-The engine is one that computes nothing (rate_engine.py), in its own process as ever; the service
-runs in this process, the readers in a third. A reader takes raw messages off the wire and decodes
-nothing, so that the service is the slowest part.
+The server is the whole one (rate_service.py) over an engine that computes nothing, each in its own
+process as ever. The reader (raw_reader.py) takes bytes off its sockets and looks at them
+afterwards, so that the service is the slowest part. With --pin the service has the first core for
+itself, and the engine and the reader the others.
 
-- latency: 64 streams at 20 ms a step; how long after the engine's step a token reaches the reader,
-  by the gaps between messages (their deviation from the step) and by the first token.
-- messages: as many tokens as come through when the engine makes more than the service can send one
-  by one; a busy stream's tokens merge, so that tokens and messages are counted apart.
-- held: streams that are open at once, and the service's memory for each.
+- latency: at 20 ms a step; how late after the step's end in the engine a token is at the reader,
+  and the jitter that is added to the time between a stream's tokens.
+- merged: the engine is faster than the service, so that tokens merge.
+- single: the engine makes 60,000 tokens a second; messages are what gets through.
+- held: streams that are open at once, with a token every two seconds; the service's memory for
+  each.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
-import itertools
 import json
-import multiprocessing
 import os
-import statistics
+import platform
+import subprocess
 import sys
+import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grpc
 import psutil
-import uvloop
 
-from zllm.runtime.config import EngineConfig
-from zllm.runtime.embedded import EMBEDDED_MODEL
-from zllm.service.config import ServerConfig
-from zllm.service.server import Server
-from zllm.service.supervisor import EngineProcess
-from zllm.v1 import generation_pb2
-
-METHOD = "/zllm.v1.GenerationService/StreamGenerate"
 HERE = Path(__file__).parent
+LATENCY_STREAMS = (1, 8, 64, 256)
+RATE_STREAMS = (16, 64, 256, 1024)
+SECONDS = 5.0
+"""How long each load's engine makes tokens."""
 
 
-async def _read(target: str, streams: int, tokens: int) -> dict[str, Any]:
-    """Open `streams` at once and read them to their ends."""
-    request = generation_pb2.GenerateRequest(text="a")
-    request.stopping.max_tokens = tokens
-    request.stopping.ignore_eos = True
-    wire = request.SerializeToString()
-    arrivals: list[list[float]] = [[] for _ in range(streams)]
-    # One HTTP/2 connection carries a hundred streams by default; several share the load.
-    channels = [
-        grpc.aio.insecure_channel(target, options=[("grpc.use_local_subchannel_pool", 1)])
-        for _ in range(max(1, streams // 100))
-    ]
-    calls = [channel.unary_stream(METHOD) for channel in channels]
+@dataclass(frozen=True)
+class Load:
+    name: str
+    streams: int
+    tokens: int
+    step_s: float
 
-    async def one(index: int) -> float:
-        sent = time.perf_counter()
-        times = arrivals[index]
-        async for _ in calls[index % len(calls)](wire):
-            times.append(time.perf_counter())
-        return times[0] - sent
 
-    started = time.perf_counter()
-    firsts = await asyncio.gather(*(one(index) for index in range(streams)))
-    took = time.perf_counter() - started
-    for channel in channels:
-        await channel.close()
-    gaps = [b - a for times in arrivals for a, b in itertools.pairwise(times[1:-1])]
+def loads(held: int) -> list[Load]:
+    found = [Load("latency", streams, 250, 0.02) for streams in LATENCY_STREAMS]
+    for name, rate in (("merged", 600_000), ("single", 60_000)):
+        for streams in RATE_STREAMS:
+            step_s = streams / rate
+            found.append(Load(name, streams, int(SECONDS / step_s), step_s))
+    return [*found, Load("held", held, 8, 2.0)]
+
+
+def measure(load: Load, *, pin: bool) -> dict[str, Any]:
+    """One load against a fresh server."""
+    cpus = sorted(os.sched_getaffinity(0))
+    others = ",".join(map(str, cpus[1:])) if pin else ""
+    with tempfile.TemporaryDirectory() as folder:
+        times = f"{folder}/times"
+        environment = os.environ | {
+            "GRPC_ENABLE_FORK_SUPPORT": "0",
+            "ZLLM_BENCH_STEP_S": str(load.step_s),
+            "ZLLM_BENCH_TIMES": times,
+            "ZLLM_BENCH_CPUS": others,
+        }
+        alone = ["taskset", "-c", str(cpus[0])] if pin else []
+        server = subprocess.Popen(
+            [*alone, sys.executable, HERE / "rate_service.py"],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            target = _target(server)
+            process = psutil.Process(server.pid)
+            before = process.cpu_times()
+            memory = process.memory_info().rss
+            reader = subprocess.Popen(
+                [
+                    *(["taskset", "-c", others] if pin else []),
+                    *(sys.executable, HERE / "raw_reader.py", target),
+                    *(str(load.streams), str(load.tokens)),
+                    *([times] if load.name == "latency" else []),
+                ],
+                stdout=subprocess.PIPE,
+            )
+            most = memory
+            while reader.poll() is None:
+                most = max(most, process.memory_info().rss)
+                time.sleep(0.05)
+            after = process.cpu_times()
+            found: dict[str, Any] = json.loads(reader.communicate()[0])
+        finally:
+            server.terminate()
+            server.wait()
+    spent = after.user + after.system - before.user - before.system
     return {
-        "seconds": took,
-        "messages": sum(len(times) for times in arrivals),
-        "firsts": sorted(firsts),
-        "gaps": sorted(gaps),
+        "load": load.name,
+        "streams": load.streams,
+        **{key: found[key] for key in ("finished", "failed") if key in found},
+        "tokens_per_s": found["tokens"] / found["seconds"],
+        "messages_per_s": found["messages"] / found["seconds"],
+        "cpu_us_per_message": spent / found["messages"] * 1e6,
+        "kib_per_stream": (most - memory) / 1024 / load.streams,
+        **{key: value for key, value in found.items() if key.endswith("_ms")},
     }
 
 
-def _reader(target: str, streams: int, tokens: int, answers: Any) -> None:
-    answers.put(uvloop.run(_read(target, streams, tokens)))
+def _target(server: subprocess.Popen[str]) -> str:
+    assert server.stdout is not None  # asked for with PIPE
+    for line in server.stdout:
+        if line.startswith("listening on "):
+            return line.removeprefix("listening on ").strip()
+    raise RuntimeError("the server ended before it listened; its output above says why")
 
 
-async def _serve(step_s: float, streams: int, tokens: int) -> dict[str, Any]:
-    """One load against a fresh service and engine; what the reader found, and our memory."""
-    os.environ["ZLLM_BENCH_STEP_S"] = str(step_s)
-    engine = EngineProcess(
-        EngineConfig(model=EMBEDDED_MODEL),
-        timeout=60.0,
-        command=(sys.executable, str(HERE / "rate_engine.py")),
-    )
-    ready = await engine.start()
-    server = Server(ServerConfig(port=0, admin_port=0))
-    await server.start()
-    await server.expect("rate", EMBEDDED_MODEL)
-    server.add("rate", ready, engine.client)
-    process = psutil.Process()
-    before, cpu = process.memory_info().rss, process.cpu_times()
-    spawn = multiprocessing.get_context("spawn")
-    answers = spawn.Queue()
-    reader = spawn.Process(
-        target=_reader, args=(f"127.0.0.1:{server.port}", streams, tokens, answers)
-    )
-    reader.start()
-    most = before
-    while reader.is_alive() and answers.empty():
-        most = max(most, process.memory_info().rss)
-        await asyncio.sleep(0.05)
-    found: dict[str, Any] = await asyncio.to_thread(answers.get)
-    await asyncio.to_thread(reader.join)
-    spent = process.cpu_times()
-    found["cpu_s"] = spent.user + spent.system - cpu.user - cpu.system
-    found["rss_growth_mib"] = (most - before) / 2**20
-    await server.stop(0.0)
-    await engine.stop()
-    return found
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    import matplotlib
 
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
 
-def _at(values: list[float], share: float) -> float:
-    return values[min(int(share * len(values)), len(values) - 1)]
-
-
-def latency() -> dict[str, float]:
-    step = 0.02
-    found = uvloop.run(_serve(step, 64, 200))
-    late = sorted(abs(gap - step) for gap in found["gaps"])
-    return {
-        "latency_jitter_p50_ms": _at(late, 0.5) * 1e3,
-        "latency_jitter_p99_ms": _at(late, 0.99) * 1e3,
-        "latency_first_token_p50_ms": _at(found["firsts"], 0.5) * 1e3,
-    }
-
-
-def throughput() -> dict[str, float]:
-    rates = {}
-    for name, streams, tokens, step in (
-        ("few_streams", 64, 20_000, 0.000_15),
-        ("many_streams", 512, 4_000, 0.001),
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
+    for load, key, label in (
+        ("merged", "tokens_per_s", "tokens, merged"),
+        ("single", "messages_per_s", "messages"),
     ):
-        found = uvloop.run(_serve(step, streams, tokens))
-        rates[f"{name}_tokens_per_s"] = streams * tokens / found["seconds"]
-        rates[f"{name}_messages_per_s"] = found["messages"] / found["seconds"]
-        rates[f"{name}_service_cpu_share"] = found["cpu_s"] / found["seconds"]
-    return rates
-
-
-def held(streams: int) -> dict[str, float]:
-    """Many streams with a token every two seconds."""
-    found = uvloop.run(_serve(2.0, streams, 5))
-    return {
-        "held_streams": streams,
-        "held_kib_each": found["rss_growth_mib"] * 1024 / streams,
-        "held_median_gap_s": statistics.median(found["gaps"]),
-    }
+        chosen = [row for row in rows if row["load"] == load]
+        left.plot(
+            [row["streams"] for row in chosen], [row[key] for row in chosen], "o-", label=label
+        )
+    left.set(xscale="log", yscale="log", xlabel="streams", ylabel="a second", title="Carried")
+    chosen = [row for row in rows if row["load"] == "latency"]
+    for key in ("late_p50_ms", "late_p99_ms", "jitter_p50_ms", "jitter_p99_ms"):
+        right.plot(
+            [row["streams"] for row in chosen], [row[key] for row in chosen], "o-", label=key[:-3]
+        )
+    right.set(xscale="log", yscale="log", xlabel="streams", ylabel="ms", title="Added latency")
+    for axes in (left, right):
+        axes.grid(alpha=0.3, which="both")
+        axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--streams", type=int, default=2000, help="to hold open at once")
+    parser.add_argument("--streams", type=int, default=10_000, help="to hold open at once")
+    parser.add_argument("--only", choices=["latency", "merged", "single", "held"])
+    parser.add_argument("--pin", action="store_true", help="the service alone on the first core")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
-    report: dict[str, float] = {}
-    for part in (latency, throughput, lambda: held(options.streams)):
-        found = part()
-        report.update(found)
-        for name, value in found.items():
-            print(f"{name:34s} {value:14,.3f}", flush=True)
+    rows = []
+    for load in loads(options.streams):
+        if options.only in (None, load.name):
+            row = measure(load, pin=options.pin)
+            rows.append(row)
+            words = (f"{k} {v:,.2f}" if isinstance(v, float) else f"{v}" for k, v in row.items())
+            print("  ".join(words), flush=True)
     if options.json:
+        report = {
+            "date": time.strftime("%Y-%m-%d"),
+            "command": "python benchmarks/service.py" + " --pin" * options.pin,
+            "machine": f"{len(os.sched_getaffinity(0))} cores, {platform.machine()}",
+            "python": platform.python_version(),
+            "grpcio": grpc.__version__,
+            "rows": rows,
+        }
         options.json.write_text(json.dumps(report, indent=2) + "\n")
+    if options.plot:
+        plot(rows, options.plot)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,22 @@ class Detokenizer:
             return ""
         return self._advance(self._decoder.decode(self._tokenizer.token_bytes(token_id)))
 
+    def extend(self, token_ids: Sequence[int]) -> tuple[str, int]:
+        """The pieces of push() for each of them, joined, and how many it took: up to the one that
+        completed a stop string."""
+        if self._stop_strings is None:
+            # At once, which is several times as fast.
+            self.num_tokens += len(token_ids)
+            kept = self._tokenizer.without_specials(token_ids) if self._skip_special else token_ids
+            data = b"".join(map(self._tokenizer.token_bytes, kept))
+            return self._advance(self._decoder.decode(data)), len(token_ids)
+        pieces = []
+        for taken, token_id in enumerate(token_ids, start=1):
+            pieces.append(self.push(token_id))
+            if self.matched_stop is not None:
+                return "".join(pieces), taken
+        return "".join(pieces), len(token_ids)
+
     def flush(self) -> str:
         """The rest, once the sequence is over: half a character becomes U+FFFD."""
         if self.matched_stop is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from zllm.errors import InvalidRequest, ModelLoadError
@@ -55,6 +55,11 @@ class Tokenizer(ABC):
 
     def is_special(self, token_id: int) -> bool:
         return token_id in self._special_ids
+
+    def without_specials(self, ids: Sequence[int]) -> Sequence[int]:
+        if self._special_ids.isdisjoint(ids):
+            return ids
+        return [token_id for token_id in ids if token_id not in self._special_ids]
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text of whole sequence; bytes that are no UTF-8 become U+FFFD."""

@@ -7,7 +7,6 @@ import time
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from google.protobuf.duration_pb2 import Duration
@@ -38,6 +37,8 @@ class _Run:
     prompt: list[int]
     stream: Stream
     engine_id: int
+    wants_text: bool
+    wants_token_ids: bool
 
 
 class GenerationService:
@@ -181,7 +182,16 @@ class GenerationService:
             stream,
         )
         caller.charge(len(prompt))
-        run = _Run(request, request_id, model, prompt, stream, engine_id)
+        run = _Run(
+            request,
+            request_id,
+            model,
+            prompt,
+            stream,
+            engine_id,
+            wants_text=output.text or not output.HasField("text"),
+            wants_token_ids=output.token_ids,
+        )
         self._live[caller.tenant, request_id] = run
         return run
 
@@ -209,12 +219,15 @@ async def _write_stream(run: _Run, context: Context) -> None:
 
 
 def _delta_message(run: _Run, delta: Delta) -> generation_pb2.StreamGenerateResponse:
-    message = generation_pb2.SequenceDelta(num_tokens=len(delta.token_ids), **_content(run, delta))
-    return generation_pb2.StreamGenerateResponse(delta=message)
+    message = generation_pb2.StreamGenerateResponse()
+    message.delta.num_tokens = len(delta.token_ids)
+    _fill(message.delta, run, delta)
+    return message
 
 
 def _whole_answer(run: _Run, delta: Delta) -> generation_pb2.GenerateResponse:
-    output = generation_pb2.SequenceOutput(**_content(run, delta))
+    output = generation_pb2.SequenceOutput()
+    _fill(output, run, delta)
     if run.request.output.HasField("logprobs"):
         output.cumulative_logprob = run.stream.cumulative_logprob
     return generation_pb2.GenerateResponse(
@@ -227,22 +240,21 @@ def _whole_answer(run: _Run, delta: Delta) -> generation_pb2.GenerateResponse:
     )
 
 
-def _content(run: _Run, delta: Delta) -> dict[str, Any]:
-    """The fields that SequenceDelta and SequenceOutput share, as far as they were asked for."""
-    wanted = run.request.output
-    content: dict[str, Any] = {}
-    if wanted.text or not wanted.HasField("text"):
-        content["text"] = delta.text
-    if wanted.token_ids:
-        content["token_ids"] = delta.token_ids
+def _fill(
+    message: generation_pb2.SequenceDelta | generation_pb2.SequenceOutput, run: _Run, delta: Delta
+) -> None:
+    """The fields that both have, as far as they were asked for. In place: half the time."""
+    if run.wants_text:
+        message.text = delta.text
+    if run.wants_token_ids:
+        message.token_ids.extend(delta.token_ids)
     if delta.logprobs:
-        content["logprobs"] = [
+        message.logprobs.extend(
             _logprob(run.model, token_id, entry)
             for token_id, entry in zip(delta.token_ids, delta.logprobs, strict=True)
-        ]
+        )
     if delta.finish is not None:
-        content["finish"] = _finish(delta.finish)
-    return content
+        message.finish.CopyFrom(_finish(delta.finish))
 
 
 def _finish(finish: Finish) -> generation_pb2.SequenceFinish:

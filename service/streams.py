@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from zllm.errors import EngineError, Overloaded, ZllmError
 from zllm.runtime.detokenizer import Detokenizer
@@ -24,14 +24,14 @@ class Finish:
     stop_string: str | None = None
 
 
-@dataclass
+@dataclass(slots=True)
 class Delta:
     """What a sequence gained since the last take."""
 
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    finish: Finish | None = None
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs]
+    finish: Finish | None
 
 
 class Stream:
@@ -54,11 +54,16 @@ class Stream:
         self._min_tokens = min_tokens
         self._on_start = on_start
         self._undigested: list[int] = []
+        self._num_pending = 0
+        self._text = ""
+        self._token_ids: list[int] = []
+        self._logprobs: list[TokenLogprobs] = []
         self._finish: FinishReason | None = None
-        self._pending = Delta()
         self._closed = False
         self._error: ZllmError | None = None
-        self._wake = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None
+        self.over = False
+        """Nothing more will come."""
         self.arrived = time.monotonic()
         self.first_token_at = self.arrived
         self.ended_at = 0.0
@@ -71,11 +76,6 @@ class Stream:
         self.cumulative_logprob = 0.0
         self.taken: list[str] | None = None
         """The text of all deltas, where somebody put a list here."""
-
-    @property
-    def over(self) -> bool:
-        """Nothing more will come."""
-        return self._closed or self._error is not None or self._finish is not None
 
     def start(self, started: RequestStarted) -> None:
         self.cached_tokens = started.cached_tokens
@@ -92,92 +92,94 @@ class Stream:
             return False
         if token >= 0:
             self._undigested.append(token)
+            self._num_pending += 1
             if logprobs is not None:
-                self._pending.logprobs.append(logprobs)
+                self._logprobs.append(logprobs)
         if finish:
             self._end(FinishReason(finish))
-        stopped = False
-        if self._eager and not finish:
+        elif self._eager:
             self._digest()
-            stopped = self._closed
-        if self.over or stopped or self._count() >= self._min_tokens:
-            self._wake.set()
-        return stopped
+        if self._num_pending >= self._min_tokens or self.over:
+            self._wake()
+        return self._closed
 
     def fail(self, error: ZllmError) -> None:
         if not self.over:
             self._error = error
-            self._wake.set()
+            self.over = True
+            self._wake()
 
     async def take(self) -> Delta:
         """Waits for the next delta. Raises what the request failed with, after the deltas that
         came before."""
-        await self._wake.wait()
-        self._wake.clear()
+        while self._num_pending < self._min_tokens and not self.over:
+            await self._change()
         self._digest()
-        delta = self._pending
-        if self._error is not None and not delta.token_ids:
+        if self._error is not None and not self._token_ids:
             raise self._error
-        self._pending = Delta()
-        if self._error is not None:
-            self._wake.set()
+        finish = self.finish if self._closed else None
+        delta = Delta(self._text, self._token_ids, self._logprobs, finish)
+        self._text, self._token_ids, self._num_pending = "", [], 0
         self.completion_tokens += len(delta.token_ids)
         if self.taken is not None:
             self.taken.append(delta.text)
-        self.cumulative_logprob += sum(entry.logprob for entry in delta.logprobs)
+        if delta.logprobs:
+            self._logprobs = []
+            self.cumulative_logprob += sum(entry.logprob for entry in delta.logprobs)
         return delta
 
     async def take_whole(self) -> Delta:
         """Waits for the end and returns all of it, or raises what the request failed with."""
         while not self.over:
-            self._wake.clear()
-            await self._wake.wait()
+            await self._change()
         if self._error is not None:
             raise self._error
-        self._wake.set()
         return await self.take()
+
+    async def _change(self) -> None:
+        """Until push() or fail() has something for the one who takes."""
+        self._waiter = asyncio.get_running_loop().create_future()
+        await self._waiter
+
+    def _wake(self) -> None:
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
 
     def _digest(self) -> None:
         """Turns the tokens that came into text, up to a stop string; the rest is dropped."""
         tokens, self._undigested = self._undigested, []
-        pending = self._pending
         if self._closed:
             return
-        hidden = self._hides_last_token()
-        pieces = [pending.text]
-        for index, token in enumerate(tokens, start=1):
-            pending.token_ids.append(token)
-            if hidden and index == len(tokens):
-                break
-            pieces.append(self._detokenizer.push(token))
-            if self._detokenizer.matched_stop is not None:
-                self._close(Finish(FinishReason.STOP, stop_string=self._detokenizer.matched_stop))
-                break
-        if self._finish is not None and not self._closed:
-            pieces.append(self._detokenizer.flush())
-            matched = self._detokenizer.matched_stop
-            if matched is not None:
-                self._close(Finish(FinishReason.STOP, stop_string=matched))
-            else:
-                last = pending.token_ids[-1] if self._finish is FinishReason.STOP else None
-                self._close(Finish(self._finish, stop_token_id=last))
-        pending.text = "".join(pieces)
-        del pending.logprobs[len(pending.token_ids) :]
+        shown = tokens[:-1] if self._hides_last_token() else tokens
+        text, taken = self._detokenizer.extend(shown)
+        if self._detokenizer.matched_stop is not None:
+            tokens = shown[:taken]
+        elif self._finish is not None:
+            text += self._detokenizer.flush()
+        self._text += text
+        self._token_ids += tokens
+        matched = self._detokenizer.matched_stop
+        if matched is not None:
+            self._close(Finish(FinishReason.STOP, stop_string=matched))
+        elif self._finish is not None:
+            last = self._token_ids[-1] if self._finish is FinishReason.STOP else None
+            self._close(Finish(self._finish, stop_token_id=last))
 
     def _hides_last_token(self) -> bool:
         """The token that ended the turn is an id of the output, but no text of it."""
-        ended = self._finish in (FinishReason.EOS, FinishReason.STOP)
-        return ended and not self._keep_stop
+        if self._finish is None or self._keep_stop:
+            return False
+        return self._finish in (FinishReason.EOS, FinishReason.STOP)
 
     def _close(self, finish: Finish) -> None:
-        self._pending.finish = self.finish = finish
-        self._closed = True
+        self.finish = finish
+        self._closed = self.over = True
+        del self._logprobs[len(self._token_ids) :]
         self.ended_at = self.ended_at or time.monotonic()
 
-    def _count(self) -> int:
-        return len(self._undigested) + len(self._pending.token_ids)
-
     def _end(self, reason: FinishReason) -> None:
+        self.over = True
         self.ended_at = time.monotonic()
         if reason is FinishReason.QUEUE_TIMEOUT:
             self._error = Overloaded(
