@@ -38,9 +38,10 @@ from zllm.runtime.messages import (
 
 HEARTBEAT_S = 0.5
 """Between two heartbeats at most, while the step loop turns."""
-STEP_LIMIT_S = {"cpu": 60.0, "cuda": 10.0}
+STEP_LIMIT_S = {"cpu": 60.0, "cuda": 2.0}
 """A step that runs longer hangs, and the heartbeat stops. On a CPU one of 2,048 prompt tokens may
-take half a minute; on a GPU the longest is a first use that compiles its kernels."""
+take half a minute. On a GPU this and the service's timeout together leave five seconds, ten times
+what a full step of a large model or the first use of a kernel takes."""
 CHECK_S = 10.0
 """Between two checks of the scheduler's books, which happen when the engine falls idle."""
 
