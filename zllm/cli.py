@@ -39,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_chat(commands)
     _add_bench(commands)
+    _add_health(commands)
     demo = commands.add_parser("demo", help="start the embedded model and watch it answer")
     demo.set_defaults(run=_demo)
     doctor = commands.add_parser("doctor", help="check this machine's GPU, drivers and kernels")
@@ -216,6 +217,31 @@ def _bench(arguments: argparse.Namespace) -> int:
         for name, value in report.items():
             print(f"{name:24} {value:,.3f}" if isinstance(value, float) else f"{name:24} {value}")
     return 1 if report["failed"] else 0
+
+
+def _add_health(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    health = commands.add_parser(
+        "health",
+        help="ask a server whether it serves",
+        description="Ends with 0 where the server says SERVING and with 1 otherwise.",
+    )
+    _add_access(health)
+    health.add_argument("--service", default="", help="of this name alone; default: the server")
+    health.add_argument("--timeout", type=float, default=5.0, help="seconds; default: 5")
+    health.set_defaults(run=_health)
+
+
+def _health(arguments: argparse.Namespace) -> int:
+    from zllm.clients.health import ask
+
+    status = ask(
+        arguments.target,
+        arguments.service,
+        tls=_access(arguments)["tls"],
+        timeout=arguments.timeout,
+    )
+    print(status)
+    return 0 if status == "SERVING" else 1
 
 
 def _demo(arguments: argparse.Namespace) -> int:

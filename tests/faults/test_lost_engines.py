@@ -42,8 +42,10 @@ async def fails(deltas: AsyncIterator[Delta]) -> None:
     ("harm", "times"), [(psutil.Process.kill, 3), (psutil.Process.suspend, 2)], ids=["kill", "stop"]
 )
 async def test_a_lost_engine_leaves_nothing_behind(
-    harm: Callable[[psutil.Process], None], times: int
+    harm: Callable[[psutil.Process], None], times: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # So slow that no stream ends by itself.
+    monkeypatch.setenv("STUB_STEP_S", "0.05")
     async with serving(max_restarts=10, restart_backoff=0.05, engine_timeout=0.5) as served:
         await lose(served, harm)
         before = holdings()
