@@ -61,8 +61,8 @@ def _gauges(loads: list[tuple[str, Load]]) -> Iterator[Metric]:
 def _counters(loads: list[tuple[str, Load]]) -> Iterator[Metric]:
     for name, text, field in (
         ("generation_tokens", "Output tokens.", "generated_tokens"),
-        ("prefix_cache_queries", "Prompt tokens looked up in the cache.", "prefix_query_tokens"),
-        ("prefix_cache_hits", "Prompt tokens found in the cache.", "prefix_hit_tokens"),
+        ("prefix_cache_queries", "Prompt tokens of requests that began.", "prefix_query_tokens"),
+        ("prefix_cache_hits", "Those of them that the cache had.", "prefix_hit_tokens"),
         ("num_preemptions", "Requests that had to give their blocks up.", "preemptions"),
         ("scheduler_violations", "Failed checks of the scheduler's books.", "violations"),
     ):
