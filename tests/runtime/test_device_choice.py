@@ -30,6 +30,8 @@ def _card(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def plan(**changes: object) -> object:
     settings = {
+        "taken_before": GIB,
+        "share": 1.0,
         "weights": 8 * GIB,
         "step_peak": GIB // 4,
         "block_bytes": GIB // 1024,
@@ -50,6 +52,15 @@ def test_the_cache_gets_what_weights_a_step_and_others_leave() -> None:
 
 
 @pytest.mark.usefixtures("_card")
+def test_an_engine_with_a_share_takes_no_more_whatever_the_others_have() -> None:
+    alone = plan(weights=2 * GIB, share=0.5)
+    beside = plan(weights=2 * GIB, share=0.5, taken_before=0)
+    # Half of the 90%, less 2 GiB of weights and 1 for a step; what came before it is not its own.
+    assert alone.num_blocks == int(0.45 * 16 * 1024) - 3 * 1024 - 1  # type: ignore[attr-defined]
+    assert beside.num_blocks == alone.num_blocks - 1024  # type: ignore[attr-defined]
+
+
+@pytest.mark.usefixtures("_card")
 @pytest.mark.parametrize(
     "changes",
     [
@@ -57,6 +68,7 @@ def test_the_cache_gets_what_weights_a_step_and_others_leave() -> None:
         {"request_blocks": 100_000},
         {"wanted_blocks": 100_000},
         {"utilization": 0.5},
+        {"share": 0.5},
     ],
 )
 def test_too_small_a_gpu_is_refused_with_the_numbers(changes: dict[str, object]) -> None:

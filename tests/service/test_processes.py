@@ -18,6 +18,7 @@ from pathlib import Path
 import grpc
 import psutil
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from zllm.clients.client import Client
 from zllm.errors import InvalidRequest, Unavailable
@@ -76,6 +77,18 @@ class Served:
                 return
             time.sleep(0.05)
         raise AssertionError(f"blocks or requests never came back: {loads}")
+
+    def until_healthy(self, service: str = "") -> None:
+        """The health service calls `service` SERVING."""
+        with grpc.insecure_channel(self.target) as channel:
+            stub = health_pb2_grpc.HealthStub(channel)
+            request = health_pb2.HealthCheckRequest(service=service)
+            deadline = time.monotonic() + 60
+            while time.monotonic() < deadline:
+                if stub.Check(request).status == health_pb2.HealthCheckResponse.SERVING:
+                    return
+                time.sleep(0.05)
+        raise AssertionError(f"{service!r} was never SERVING again")
 
     def end(self, number: signal.Signals = signal.SIGTERM) -> int:
         self.process.send_signal(number)

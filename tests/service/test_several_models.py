@@ -64,8 +64,8 @@ def test_requests_find_their_model_and_a_killed_engine_leaves_the_others() -> No
                     pass
             assert [delta.finish_reason for delta in streams["a"]][-1] == "length"
             assert is_gone(second)
-            with Client(served.target, attempts=100) as patient:
-                assert patient.generate("12 + 7 =", model="b", max_tokens=3, timeout=60).text
+            served.until_healthy("model/b")
+            assert client.generate("12 + 7 =", model="b", max_tokens=3).text
         replaced = served.engines()
         assert first in replaced
         assert len(replaced) == 2
