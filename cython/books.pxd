@@ -104,7 +104,7 @@ cdef struct Books:
 cdef int books_init(Books* books, Limits limits, int32_t num_blocks, bint caching) noexcept nogil
 cdef void books_free(Books* books) noexcept nogil
 cdef int books_reserve(Books* books, int32_t capacity) noexcept nogil
-cdef void queue_push(Books* books, Sequence* seq) noexcept nogil
+cdef void queue_push(Books* books, Sequence* seq, int32_t tokens) noexcept nogil
 cdef void queue_remove(Books* books, Sequence* seq) noexcept nogil
 cdef void stop_running(Books* books, Sequence* seq) noexcept nogil
 cdef void queue_forks(Books* books, Request* request) noexcept nogil

@@ -131,8 +131,9 @@ cdef int books_reserve(Books* books, int32_t capacity) noexcept nogil:
     return 0
 
 
-cdef void queue_push(Books* books, Sequence* seq) noexcept nogil:
-    """Put a sequence at its place in the queue, which is in order of arrival."""
+cdef void queue_push(Books* books, Sequence* seq, int32_t tokens) noexcept nogil:
+    """Put a sequence at its place in the queue, which is in order of arrival; `tokens` of it are to
+    be computed, as far as is known."""
     cdef Sequence* after = NULL
     cdef Sequence* before = books.last
     seq.state = WAITING
@@ -154,7 +155,8 @@ cdef void queue_push(Books* books, Sequence* seq) noexcept nogil:
     books.earliest = min(books.earliest, waiting_deadline(seq))
     books.num_waiting += 1
     books.stalled = -1
-    books.waiting_tokens += seq.num_tokens
+    seq.queued_tokens = tokens
+    books.waiting_tokens += tokens
 
 
 cdef void queue_remove(Books* books, Sequence* seq) noexcept nogil:
@@ -170,7 +172,7 @@ cdef void queue_remove(Books* books, Sequence* seq) noexcept nogil:
     seq.next = NULL
     books.num_waiting -= 1
     books.stalled = -1
-    books.waiting_tokens -= seq.num_tokens
+    books.waiting_tokens -= seq.queued_tokens
 
 
 cdef void stop_running(Books* books, Sequence* seq) noexcept nogil:
@@ -191,7 +193,7 @@ cdef void queue_forks(Books* books, Request* request) noexcept nogil:
         seq = request.members[i]
         if seq != NULL and seq.state == FORK:
             books.num_forks -= 1
-            queue_push(books, seq)
+            queue_push(books, seq, 1)
 
 
 cdef void release_row(Books* books, Sequence* seq) noexcept nogil:

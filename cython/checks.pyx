@@ -93,7 +93,7 @@ cdef int verify_queue(Books* books) except -1:
         require(seq.row == -1 and seq.num_blocks == 0 and seq.in_flight == 0
                 and seq.pending == 0, "a waiting sequence holds something")
         count += 1
-        tokens += seq.num_tokens
+        tokens += seq.queued_tokens
         before = seq
         seq = seq.next
     require(before == books.last, "the queue's end is wrong")

@@ -9,7 +9,9 @@ from hashlib import blake2b
 
 from zllm.errors import InvalidRequest
 from zllm.native.arena cimport MAX_END_IDS, S_MIN_P, S_RANDOM, S_TOP_K, S_TOP_P
+from zllm.native.block_pool cimport BLOCK_SIZE
 from zllm.native.books cimport Tenant, queue_push
+from zllm.native.radix_tree cimport Match, tree_match
 from zllm.native.sequence cimport (
     CONTEXT_LIMIT,
     FORK,
@@ -110,7 +112,19 @@ cdef void drop_request(Request* request) noexcept nogil:
     request_free(request)
 
 
-cdef void insert_request(Books* books, Request* request) noexcept nogil:
+cdef int32_t uncached_tokens(const Books* books, const Request* request) noexcept nogil:
+    """Tokens of a new request's prompt that the cache does not hold now. The last one is computed
+    in any case."""
+    cdef Sequence* seq = request.members[0]
+    cdef Match match
+    if not books.caching or request.bypass_cache:
+        return seq.num_tokens
+    # What it writes to the sequence's block table is not counted there: num_blocks stays 0.
+    match = tree_match(&books.tree, request.salt, seq.tokens, seq.num_tokens - 1, seq.blocks)
+    return seq.num_tokens - match.num_blocks * BLOCK_SIZE - match.partial_tokens
+
+
+cdef void insert_request(Books* books, Request* request, int32_t uncached) noexcept nogil:
     """Put a complete request into the books."""
     cdef int32_t i
     request.first_arrival = books.num_arrivals << 20
@@ -121,7 +135,7 @@ cdef void insert_request(Books* books, Request* request) noexcept nogil:
     books.num_live += request.num_indices
     books.num_forks += request.num_indices - 1
     books.tenants[request.tenant].num_live += request.num_indices
-    queue_push(books, request.members[0])
+    queue_push(books, request.members[0], uncached)
 
 
 cdef int32_t tenant_index(Books* books, dict tenants, str name) except -1:

@@ -99,7 +99,7 @@ cdef void settle_preempted(Books* books) noexcept nogil:
         if not swap_out(books, seq):
             books.counters.preempted_tokens += seq.computed
         release_row(books, seq)
-        queue_push(books, seq)
+        queue_push(books, seq, seq.num_tokens - seq.host_tokens)
     books.num_parted = 0
 
 

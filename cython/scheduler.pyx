@@ -33,12 +33,14 @@ from zllm.native.books cimport (
 )
 from zllm.native.checks cimport verify_books
 from zllm.native.intake cimport (
+    drop_request,
     features_of,
     insert_request,
     new_request,
     require_valid,
     salt_of,
     tenant_index,
+    uncached_tokens,
 )
 from zllm.native.intervals cimport BOUNDS, NUM_BOUNDS, Intervals
 from zllm.native.packing cimport Packed, arena_words, pack_step
@@ -229,7 +231,7 @@ cdef class Scheduler:
         """Queue a request; see scheduler.pyi."""
         cdef const int32_t[::1] tokens = prompt
         cdef Request* request
-        cdef int32_t tenant_number
+        cdef int32_t tenant_number, uncached
         cdef Salt salt_number = salt_of(salt)
         eos = tuple(dict.fromkeys(eos_token_ids))
         stops = tuple(t for t in dict.fromkeys(stop_token_ids) if t not in eos)
@@ -238,7 +240,7 @@ cdef class Scheduler:
             raise RequestExists("request_id", f"{request_id} is that of a live request")
         require_valid(&self.books, tokens.shape[0], max_tokens, min_tokens, len(end_ids),
                       num_sequences)
-        self._require_room(tokens.shape[0])
+        self._require_place()
         self._reserve(num_sequences)
         tenant_number = tenant_index(&self.books, self.tenants, tenant)
         request = new_request(&self.books, tokens, max_tokens, min_tokens, end_ids, num_sequences)
@@ -258,7 +260,13 @@ cdef class Scheduler:
         request.arrived = now
         request.queue_deadline = now + queue_timeout if queue_timeout > 0 else INFINITY
         request.deadline = now + time_limit if time_limit > 0 else INFINITY
-        insert_request(&self.books, request)
+        uncached = uncached_tokens(&self.books, request)
+        if not self._has_room(uncached):
+            drop_request(request)
+            raise Overloaded(
+                f"{self.books.waiting_tokens} uncached prompt tokens wait already and these are "
+                f"{uncached} more (max_queued_tokens is {self.max_queued_tokens}); try again later")
+        insert_request(&self.books, request, uncached)
         self.ids[request_id] = <uintptr_t> request
 
     def fork(self, int64_t request_id, int32_t index, int32_t token):
@@ -285,18 +293,19 @@ cdef class Scheduler:
         seq.born = self.books.counters.admissions
         self.books.tenants[request.tenant].num_live += 1
         self.books.num_live += 1
-        queue_push(&self.books, seq)
+        queue_push(&self.books, seq, 1)
         return seq.index
 
-    cdef int _require_room(self, int64_t prompt_len) except -1:
-        cdef Books* books = &self.books
-        if books.num_waiting >= self.max_queued_requests:
-            raise Overloaded(f"{books.num_waiting} requests wait already "
+    cdef int _require_place(self) except -1:
+        if self.books.num_waiting >= self.max_queued_requests:
+            raise Overloaded(f"{self.books.num_waiting} requests wait already "
                              f"(max_queued_requests); try again later")
-        if books.num_waiting and books.waiting_tokens + prompt_len > self.max_queued_tokens:
-            raise Overloaded(f"{books.waiting_tokens} prompt tokens wait already "
-                             f"(max_queued_tokens is {self.max_queued_tokens}); try again later")
         return 0
+
+    cdef bint _has_room(self, int32_t tokens) noexcept nogil:
+        """One alone always fits, however long."""
+        cdef Books* books = &self.books
+        return not books.num_waiting or books.waiting_tokens + tokens <= self.max_queued_tokens
 
     def abort(self, int64_t request_id):
         """End a request with FinishReason.ABORTED; see scheduler.pyi."""

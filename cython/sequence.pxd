@@ -67,6 +67,7 @@ cdef struct Sequence:
     int64_t admitted            # the step that gave it its row
     int64_t born                # Counters.admissions when it arrived
     double token_at             # when its last token was committed; 0: it has sampled none
+    int32_t queued_tokens       # what it counts for in Books.waiting_tokens
     int64_t matched             # the step for which match_len was looked up
     int32_t match_len           # cached tokens, for policies that ask
     int32_t index               # within its request

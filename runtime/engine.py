@@ -154,6 +154,7 @@ class Engine:
             preemptions=int(stats["preemptions"]),
             steps=int(stats["steps"]),
             violations=self._violations,
+            admitted_requests=int(stats["admissions"]),
         )
 
     def stats(self) -> EngineStats:

@@ -158,6 +158,7 @@ class Load(msgspec.Struct, frozen=True, array_like=True):
     running_requests: int = 0
     queued_requests: int = 0
     queued_tokens: int = 0
+    """Of their prompts, those that the prefix cache did not hold when they came."""
     kv_blocks_total: int = 0
     kv_blocks_free: int = 0
     """Blocks that a new request could take: empty, or cached with no user."""
@@ -169,6 +170,8 @@ class Load(msgspec.Struct, frozen=True, array_like=True):
     steps: int = 0
     violations: int = 0
     """Checks of the scheduler's books that failed: a defect of zllm."""
+    admitted_requests: int = 0
+    """Sequences that left the queue to run, each time they did."""
 
 
 class StepOutput(_Message, frozen=True, tag="step"):

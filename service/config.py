@@ -50,6 +50,8 @@ class ServerConfig:
     max_metadata_bytes: int = 16 * 1024
     queue_timeout: float = 0.0
     """Seconds that a request without its own may wait for its first step; 0: for ever."""
+    slo: bool = False
+    """Refuse at once what could not have its first token before its deadline."""
     shutdown_grace: float = 30.0
     """Seconds that running requests get to finish after SIGTERM or Drain."""
     drain_delay: float = 0.0

@@ -28,6 +28,7 @@ from zllm.runtime.messages import (
     ToEngine,
 )
 from zllm.service.engine_socket import EngineSocket
+from zllm.service.estimates import FirstTokenEstimate, QueueEstimate
 from zllm.service.streams import Stream
 
 log = logging.getLogger(__name__)
@@ -57,6 +58,8 @@ class EngineClient:
         self._watcher: asyncio.Task[None] | None = None
         self.load = Load()
         self.stats = EngineStats()
+        self.queue = QueueEstimate()
+        self.first_token = FirstTokenEstimate()
         self.gpu = ""
         self._history: deque[tuple[float, Load]] = deque()
 
@@ -184,6 +187,7 @@ class EngineClient:
             if self._first is not None and not self._first.done():
                 self._first.set_exception(ConfigError("the engine began with what is no message"))
             return
+        self.queue.note(now, self.load)
         if not self._history or now - self._history[-1][0] >= 1.0:
             self._remember(now)
 
@@ -208,13 +212,16 @@ class EngineClient:
             stream = streams.get(started.request_id)
             if stream is not None:
                 stream.start(started)
+                self.first_token.note(
+                    stream.prompt_tokens, started.cached_tokens, started.prefill_s
+                )
         for refused in step.refused:
             stream = streams.pop(refused.request_id, None)
             if stream is not None:
                 stream.fail(
                     InvalidRequest(refused.field, refused.message)
                     if refused.field
-                    else Overloaded(refused.message)
+                    else Overloaded(refused.message, self.queue.retry_after(step.load))
                 )
         ids = np.frombuffer(step.request_ids, dtype="<i8").tolist()
         tokens = np.frombuffer(step.tokens, dtype="<i4").tolist()

@@ -45,7 +45,11 @@ def _gauges(loads: list[tuple[str, Load]]) -> Iterator[Metric]:
     waiting = GaugeMetricFamily(
         "zllm:num_requests_waiting", "Requests in the queue.", labels=_LABELS
     )
-    tokens = GaugeMetricFamily("zllm:num_tokens_waiting", "Their prompts' tokens.", labels=_LABELS)
+    tokens = GaugeMetricFamily(
+        "zllm:num_tokens_waiting",
+        "Those of their prompts' tokens that were not cached as they came.",
+        labels=_LABELS,
+    )
     usage = GaugeMetricFamily(
         "zllm:kv_cache_usage_perc", "Share of the KV blocks in use, 0 to 1.", labels=_LABELS
     )

@@ -14,6 +14,7 @@ from google.protobuf.duration_pb2 import Duration
 from zllm.errors import RequestExists, Unavailable
 from zllm.runtime.detokenizer import Detokenizer
 from zllm.runtime.messages import AddRequest, FinishReason, TokenLogprobs
+from zllm.service.admission import check_deadline
 from zllm.service.calls import current_call
 from zllm.service.prompts import prompt_ids
 from zllm.service.rpc import Context
@@ -42,9 +43,17 @@ class _Run:
 
 
 class GenerationService:
-    def __init__(self, models: Models, queue_timeout: float, max_prompt_tokens: int = 0) -> None:
+    def __init__(
+        self,
+        models: Models,
+        queue_timeout: float,
+        max_prompt_tokens: int = 0,
+        *,
+        slo: bool = False,
+    ) -> None:
         self._models = models
         self._queue_timeout = queue_timeout
+        self._slo = slo
         self._max_prompt_tokens = max_prompt_tokens
         self._live: dict[tuple[str, str], _Run | None] = {}
         """By tenant and request id, as no tenant may learn of another's ids; None until the engine
@@ -81,7 +90,7 @@ class GenerationService:
         with current_caller().request() as caller:
             request_id = self._claim(request)
             try:
-                run = await self._submit(request, request_id, min_tokens=WHOLE)
+                run = await self._submit(request, request_id, context, min_tokens=WHOLE)
                 try:
                     delta = await run.stream.take_whole()
                 finally:
@@ -98,7 +107,7 @@ class GenerationService:
         with current_caller().request() as caller:
             request_id = self._claim(request)
             try:
-                run = await self._submit(request, request_id)
+                run = await self._submit(request, request_id, context)
                 try:
                     await _write_stream(run, context)
                 finally:
@@ -142,6 +151,7 @@ class GenerationService:
         self,
         request: generation_pb2.GenerateRequest,
         request_id: str,
+        context: Context,
         min_tokens: int | None = None,
     ) -> _Run:
         caller = current_caller()
@@ -151,6 +161,7 @@ class GenerationService:
         prompt, stopping = fit_prompt(
             request, prompt, options, model.max_context_tokens, self._max_prompt_tokens
         )
+        check_deadline(model.engine, len(prompt), context.time_remaining(), slo=self._slo)
         output = request.output
         skip_special = not output.HasField("skip_special_tokens") or output.skip_special_tokens
         stream = Stream(
@@ -163,6 +174,7 @@ class GenerationService:
             has_stop_strings=bool(options.stop_strings),
             keep_stop=request.stopping.include_stop_string,
             min_tokens=min_tokens or options.min_tokens_per_delta,
+            prompt_tokens=len(prompt),
             on_start=current_call().first_token,
         )
         current_call().prompt, current_call().stream = prompt, stream

@@ -27,6 +27,7 @@ FINISHED_REASONS = tuple(reason.name.lower() for reason in FinishReason if 0 < r
 REFUSALS = (
     "queue_full",
     "queue_timeout",
+    "deadline",
     "tenant_requests",
     "tenant_tokens",
     "draining",

@@ -53,7 +53,7 @@ class Server:
         self._draining = False
         self._leaving: set[EngineClient] = set()
         self._generation = GenerationService(
-            self._models, config.queue_timeout, config.max_prompt_tokens
+            self._models, config.queue_timeout, config.max_prompt_tokens, slo=config.slo
         )
         keys = ApiKeys(config.api_keys) if config.api_keys else None
         self._credentials: grpc.ServerCredentials | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from zllm.errors import (
     ConfigError,
+    DeadlineExceeded,
     EngineError,
     Forbidden,
     InvalidRequest,
@@ -27,6 +29,8 @@ from zllm.errors import (
 )
 
 DETAILS_KEY = "grpc-status-details-bin"
+PUSHBACK_KEY = "grpc-retry-pushback-ms"
+"""When gRPC's own retries try again (gRFC A6)."""
 
 MAX_MESSAGE_BYTES = 1000
 MAX_VIOLATIONS_BYTES = 2000
@@ -46,6 +50,7 @@ _CODES: list[tuple[type[ZllmError], grpc.StatusCode]] = [
     (ConfigError, grpc.StatusCode.FAILED_PRECONDITION),
     (Overloaded, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (Unavailable, grpc.StatusCode.UNAVAILABLE),
+    (DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED),
     (EngineError, grpc.StatusCode.INTERNAL),
 ]
 
@@ -106,8 +111,8 @@ def _cut(text: str, most: int) -> str:
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: ZllmError) -> None:
     """Ends the call with the error's status. Raises, as every gRPC abort does."""
     details = details_of(error)
-    await context.abort(
-        code_of(error),
-        details.message,
-        trailing_metadata=((DETAILS_KEY, details.SerializeToString()),),
-    )
+    trailing: list[tuple[str, str | bytes]] = [(DETAILS_KEY, details.SerializeToString())]
+    if isinstance(error, Overloaded):
+        # Not where the server is unavailable: another one may take the next try at once.
+        trailing.append((PUSHBACK_KEY, str(math.ceil(error.retry_after * 1e3))))
+    await context.abort(code_of(error), details.message, trailing_metadata=tuple(trailing))

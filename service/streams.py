@@ -44,6 +44,7 @@ class Stream:
         has_stop_strings: bool = False,
         keep_stop: bool = False,
         min_tokens: int = 1,
+        prompt_tokens: int = 0,
         on_start: Callable[[], None] = lambda: None,
     ) -> None:
         self._detokenizer = detokenizer
@@ -72,6 +73,7 @@ class Stream:
         self.cached_tokens = 0
         self.queued_s = 0.0
         self.prefill_s = 0.0
+        self.prompt_tokens = prompt_tokens
         self.completion_tokens = 0
         self.cumulative_logprob = 0.0
         self.taken: list[str] | None = None

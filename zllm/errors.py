@@ -81,6 +81,10 @@ class Unavailable(ZllmError):
         self.cause = cause
 
 
+class DeadlineExceeded(ZllmError):
+    """The caller's deadline passed before the request could begin (DEADLINE_EXCEEDED)."""
+
+
 class EngineError(ZllmError):
     """The engine failed a request it had accepted (INTERNAL)."""
 

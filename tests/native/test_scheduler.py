@@ -368,6 +368,24 @@ def test_queue_limits() -> None:
     driver.run()
 
 
+def test_cached_tokens_do_not_fill_the_queue() -> None:
+    scheduler = make_scheduler(max_queued_tokens=40)
+    driver = Driver(scheduler)
+    prompt = prompt_of(100)
+    driver.add(1, prompt)
+    driver.run()
+    for request_id in range(2, 10):
+        driver.add(request_id, prompt)
+    waiting = scheduler.stats()["waiting_tokens"]
+    assert waiting < 40, f"{waiting} of 800 tokens are not cached"
+    scheduler.check()
+    with pytest.raises(Overloaded, match="max_queued_tokens"):
+        driver.add(10, prompt, salt="another's")
+    scheduler.check()
+    driver.run()
+    assert scheduler.stats()["waiting_tokens"] == 0
+
+
 def test_a_wrong_arena_or_a_wrong_order_of_commits_is_refused() -> None:
     scheduler = make_scheduler()
     driver = Driver(scheduler)

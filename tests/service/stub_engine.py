@@ -70,7 +70,7 @@ class StubEngine:
         self._running: dict[int, _Sequence] = {}
         self._pending: list[tuple[int, int, int]] = []
         self._refused: list[RequestRefused] = []
-        self._counts = {"generated": 0, "steps": 0}
+        self._counts = {"generated": 0, "steps": 0, "admitted": 0, "prompts": 0}
         self._gaps = Tally(STEP_SECONDS)
         self._steps = StepTally()
         self.seen: list[AddRequest] = []
@@ -156,6 +156,8 @@ class StubEngine:
             kv_blocks_free=self.num_blocks - used,
             generated_tokens=self._counts["generated"],
             steps=self._counts["steps"],
+            admitted_requests=self._counts["admitted"],
+            prefix_query_tokens=self._counts["prompts"],
         )
 
     def stats(self) -> EngineStats:
@@ -174,6 +176,8 @@ class StubEngine:
     def _admit(self) -> None:
         while self._waiting and len(self._running) < self.max_running:
             sequence = self._waiting.popleft()
+            self._counts["admitted"] += 1
+            self._counts["prompts"] += len(sequence.prompt)
             self._running[sequence.request.request_id] = sequence
 
     def _next(self, sequence: _Sequence, now: float) -> tuple[int, int]:
