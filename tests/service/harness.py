@@ -6,7 +6,7 @@ import asyncio
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 import grpc
@@ -73,29 +73,33 @@ async def running(
 ) -> AsyncIterator[Harness]:
     engine = engine or StubEngine()
     config = config or ServerConfig(port=0, admin_port=0)
-    with tempfile.TemporaryDirectory() as folder:
+    async with AsyncExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
         thread = EngineThread(engine, f"ipc://{folder}/engine.sock")
         client = EngineClient(thread.address, timeout=timeout)
+        stack.push_async_callback(_end, thread, client)
         ready = await client.connect()
         server = Server(config, awaits=["stub"], observers=observers)
         engines = Engines(config, server, say=lambda _: None)
         template = EngineConfig(model=EMBEDDED_MODEL)
         admin_server = AdminServer(config, AdminService(config, "test", server, engines, template))
+        # Whatever fails to start, the rest is stopped.
+        stack.push_async_callback(admin_server.stop)
+        stack.push_async_callback(server.stop, 0.0)
         await server.start()
         await admin_server.start()
         await server.expect("stub", EMBEDDED_MODEL)
         server.add("stub", ready, client)
         channel = grpc.aio.insecure_channel(f"127.0.0.1:{server.port}")
         admin_channel = grpc.aio.insecure_channel(f"127.0.0.1:{admin_server.port}")
-        try:
-            async with AsyncClient(f"127.0.0.1:{server.port}", attempts=1) as aio_client:
-                admin = admin_pb2_grpc.AdminServiceStub(admin_channel)
-                yield Harness(engine, client, server, aio_client, channel, admin)
-        finally:
-            await channel.close()
-            await admin_channel.close()
-            await server.stop(0.0)
-            await admin_server.stop()
-            client.shut_down()
-            await asyncio.to_thread(thread.join)
-            await client.close()
+        stack.push_async_callback(admin_channel.close)
+        stack.push_async_callback(channel.close)
+        async with AsyncClient(f"127.0.0.1:{server.port}", attempts=1) as aio_client:
+            admin = admin_pb2_grpc.AdminServiceStub(admin_channel)
+            yield Harness(engine, client, server, aio_client, channel, admin)
+
+
+async def _end(thread: EngineThread, client: EngineClient) -> None:
+    client.shut_down()
+    await asyncio.to_thread(thread.join)
+    await client.close()

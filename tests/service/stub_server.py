@@ -101,11 +101,11 @@ async def serving(
         serve(config, models, template, version="test", say=lines.append, command=command)
     )
     served = Served(task, lines)
-    async with asyncio.timeout(20):
-        while not any(line.startswith("listening on ") for line in lines):
-            assert not task.done(), task.result()
-            await asyncio.sleep(0.02)
     try:
+        async with asyncio.timeout(20):
+            while not any(line.startswith("listening on ") for line in lines):
+                assert not task.done(), task.result()
+                await asyncio.sleep(0.02)
         yield served
     finally:
         if not task.done():

@@ -12,6 +12,7 @@ import psutil
 import pytest
 from prometheus_client import CollectorRegistry, Counter
 
+from tests.service.harness import running
 from tests.service.stub_server import STUB, answers, engines, serving
 from zllm.errors import ConfigError
 from zllm.runtime.config import EngineConfig
@@ -86,3 +87,19 @@ def test_beyond_loopback_metrics_are_only_told_on_purpose() -> None:
         ServerConfig(metrics_host="0.0.0.0")
     assert ServerConfig(metrics_host="0.0.0.0", insecure=True).metrics
     assert not ServerConfig(metrics_host="0.0.0.0", metrics=False).metrics
+
+
+async def test_the_tests_own_servers_end_also_where_they_could_not_start() -> None:
+    before = listening()
+    with closing(socket.socket()) as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        taken = other.getsockname()[1]
+        with pytest.raises(ConfigError):
+            async with running(config=ServerConfig(port=0, admin_port=taken)):
+                pass
+        with pytest.raises(ConfigError):
+            async with serving(metrics_port=taken):
+                pass
+    assert listening() == before
+    assert not engines()
