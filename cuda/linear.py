@@ -92,18 +92,15 @@ class SkinnyLinear:
         macros = _macros(plan, x.dtype, norm is not None, residual is not None, gated)
         if isinstance(plan, Tall):
             kernel = self._library.get(*_TALL, macros)
-            units = plan.box_units(n, self._library.num_sms, gated)
             x_map = self._map(x, (k, m), (k,), (plan.DEPTH, 8 * plan.ntiles))
             if gated:
-                w_map = self._map(
-                    weight, (k, 8, 2, n // 8), (k, n * k, 8 * k), (plan.DEPTH, 8, 2, units)
-                )
+                sizes, box = (k, 8, 2, n // 8), (plan.DEPTH, 8, 2, plan.rows // (2 * UNIT))
+                w_map = self._map(weight, sizes, (k, n * k, 8 * k), box)
             else:
-                w_map = self._map(weight, (k, n), (k,), (plan.DEPTH, units * UNIT))
+                w_map = self._map(weight, (k, n), (k,), (plan.DEPTH, plan.rows))
             blocks = plan.owners(self._library.num_sms) * plan.split
             shared_bytes = plan.shared_bytes
-            box_rows = units * UNIT * (2 if gated else 1)
-            args: tuple[Any, ...] = (x_map, w_map, out, residual, m, n, k, box_rows)
+            args: tuple[Any, ...] = (x_map, w_map, out, residual, m, n, k)
         else:
             kernel = self._library.get(*_SKINNY, macros)
             blocks = min(n, self._library.num_sms // plan.cluster) * plan.cluster
@@ -142,7 +139,7 @@ class SkinnyLinear:
 
     def _plan(self, m: int, n: int, k: int, gated: bool) -> Skinny | Tall:
         if self._hopper and m > 8 and not (gated and n // 2 % UNIT):
-            return tall_plan(m, n, k, self._library.num_sms)
+            return tall_plan(m, n, k, self._library.num_sms, gated)
         return skinny_plan(m, n, self._library.num_sms).fit(self._limit)
 
     def _map(

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 SHARED_BYTES = 113 * 1024
 """What lets a block share its multiprocessor with one of the kernel that follows (228 KiB)."""
 MOST_SHARED_BYTES = 220 * 1024
+_MOST_ROWS = 192
 UNIT = 8
 """Rows of W in which linear_wgmma.cu divides: one pattern of its shared memory's swizzle."""
 
@@ -62,10 +63,15 @@ class Tall:
 
     DEPTH = 64
 
-    warpgroups: int
+    rows: int
+    """Of W in a tile: a multiple of 8, gated of 16."""
     ntiles: int
     split: int
     shared_limit: int
+
+    @property
+    def warpgroups(self) -> int:
+        return _ceil(self.rows, 64)
 
     @property
     def threads(self) -> int:
@@ -73,30 +79,29 @@ class Tall:
 
     @property
     def stages(self) -> int:
-        return min(12, self.shared_limit // (self._stage_bytes + 16))
+        return min(12, (self.shared_limit - self._tail_bytes) // (self._stage_bytes + 16))
 
     @property
     def _stage_bytes(self) -> int:
-        return (64 * self.warpgroups + 8 * self.ntiles) * self.DEPTH * 2
+        return (self.rows + 8 * self.ntiles) * self.DEPTH * 2
+
+    @property
+    def _tail_bytes(self) -> int:
+        """What the last warpgroup reads behind the last stage, as it reads 64 rows."""
+        return max(64 * self.warpgroups * self.DEPTH * 2 - self._stage_bytes, 0)
 
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory: the ring and its barriers."""
-        return self.stages * (self._stage_bytes + 16)
+        return self.stages * (self._stage_bytes + 16) + self._tail_bytes
 
     def owners(self, num_sms: int) -> int:
         """Clusters of the grid."""
         return _clusters(num_sms, self.split)
 
-    def box_units(self, outputs: int, num_sms: int, gated: bool) -> int:
-        """Units of 8 outputs in the tallest tile."""
-        longest = _ceil(_ceil(outputs, UNIT), self.owners(num_sms))
-        most = 64 * self.warpgroups // UNIT // (2 if gated else 1)
-        return _ceil(longest, _ceil(longest, most))
-
     def macros(self) -> dict[str, int]:
         return {
-            "WARPGROUPS": self.warpgroups,
+            "ROWS": self.rows,
             "NTILES": self.ntiles,
             "STAGES": self.stages,
             "SPLIT": self.split,
@@ -121,16 +126,17 @@ def skinny_plan(m: int, n: int, num_sms: int) -> Skinny:
     return Skinny(1, 2, 1, 8, 1, 6) if short else Skinny(2, 2, 2, 4, 1, 4)
 
 
-def tall_plan(m: int, n: int, k: int, num_sms: int) -> Tall:
+def tall_plan(m: int, n: int, k: int, num_sms: int, gated: bool = False) -> Tall:
     """For 9 to 64 rows of x and n of W, counted in W's rows also where two make one output."""
     split = 1
     if n <= 32 * num_sms and k >= 2048:
         split = 2 if n > 16 * num_sms else 8 if n <= 8 * num_sms else 4
-    rows = _ceil(_ceil(n, UNIT), _clusters(num_sms, split)) * UNIT
-    warpgroups = min(3, _ceil(rows, 64))
+    unit = 2 * UNIT if gated else UNIT
+    units = _ceil(_ceil(n, unit), _clusters(num_sms, split))
+    rows = _ceil(units, _ceil(units * unit, _MOST_ROWS)) * unit
+    deep = rows > 128 or (m > 32 and 2 * n * k >= 30_000_000)
     ntiles = 2 if m <= 16 else 4 if m <= 32 else 8
-    deep = warpgroups == 3 or (m > 32 and 2 * n * k >= 30_000_000)
-    return Tall(warpgroups, ntiles, split, MOST_SHARED_BYTES if deep else SHARED_BYTES)
+    return Tall(rows, ntiles, split, MOST_SHARED_BYTES if deep else SHARED_BYTES)
 
 
 def faster_than_cublas(m: int, n: int, k: int, num_sms: int, hopper: bool) -> bool:

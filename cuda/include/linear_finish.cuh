@@ -40,14 +40,36 @@ template <typename T> struct Epilogue {
 __device__ __forceinline__ float silu(float x) { return x / (1.f + __expf(-x)); }
 
 // partials: [Groups][row of x][row of the tile], a row of x every Rows + 4 floats; squares, if
-// Norm: [Groups][row of x], sums over k of x^2. Each of the Split blocks of the cluster
-// holds a part of every sum; the one of this rank adds and stores its share of the rows of x.
+// Norm: [Groups][row of x], sums over k of x^2. Each of the Split blocks of the
+// cluster holds a part of every sum; the one of this rank adds and stores its share of the tile.
 // Begins and ends with a barrier.
 template <int Rows, int Cols, int Groups, int Split, int Warps, bool Norm, bool Add, bool Gated,
           typename T>
 __device__ __forceinline__ void finish_tile(const Epilogue<T>& to, Tile tile, const float* partials,
                                             const float* squares, u32 rank) {
   constexpr int pitch = Rows + 4;
+  constexpr int threads = Split * 32 * Warps;
+  constexpr int most = (Cols * (Gated ? Rows / 2 : Rows) / 4 + threads - 1) / threads;
+  // A thread takes four neighbours of an output row at a time.
+  const int vectors = max((tile.count + 3) / 4, 1);
+  const auto row_of = [&](int i) {
+    return static_cast<int>(i * threads + rank * 32 * Warps + threadIdx.x) / vectors;
+  };
+  const auto column_of = [&](int i) {
+    return static_cast<int>(i * threads + rank * 32 * Warps + threadIdx.x) % vectors * 4;
+  };
+  // What was there is asked for before the sums are waited for.
+  float residual[most][4] = {};
+  if constexpr (Add) {
+#pragma unroll
+    for (int i = 0; i < most; ++i) {
+      const int row = row_of(i), o = column_of(i);
+      const i64 place = static_cast<i64>(row) * to.n + tile.first + o;
+#pragma unroll
+      for (int c = 0; c < 4; ++c)
+        if (row < to.m && o + c < tile.count) residual[i][c] = to_float(to.residual[place + c]);
+    }
+  }
   if constexpr (Split > 1)
     sync_cluster();
   else
@@ -65,19 +87,12 @@ __device__ __forceinline__ void finish_tile(const Epilogue<T>& to, Tile tile, co
       }
     return sum;
   };
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int blocks = (tile.count + 127) / 128;
-  for (int j = rank * Warps + warp; j < to.m * blocks; j += Split * Warps) {
-    const int row = j / blocks, o = j % blocks * 128 + lane * 4;
-    if (o >= tile.count) continue;
+#pragma unroll
+  for (int i = 0; i < most; ++i) {
+    const int row = row_of(i), o = column_of(i);
+    if (row >= to.m) break;
     const i64 place = static_cast<i64>(row) * to.n + tile.first + o;
     const float* const at = partials + row * pitch + (Gated ? o / 8 * 16 + o % 8 : o);
-    float residual[4] = {};
-    if constexpr (Add) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        if (o + i < tile.count) residual[i] = to_float(to.residual[place + i]);
-    }
     float scale = 1.f;
     if constexpr (Norm) {
       float sum = 0.f;
@@ -98,8 +113,8 @@ __device__ __forceinline__ void finish_tile(const Epilogue<T>& to, Tile tile, co
       y[2] = silu(y[2]) * (scale * up.z), y[3] = silu(y[3]) * (scale * up.w);
     }
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (o + i < tile.count) to.out[place + i] = from_float<T>(y[i] + residual[i]);
+    for (int c = 0; c < 4; ++c)
+      if (o + c < tile.count) to.out[place + c] = from_float<T>(y[c] + residual[i][c]);
   }
   if constexpr (Split > 1)
     sync_cluster_relaxed();

@@ -8,23 +8,24 @@
 // One warp asks the tensor copy engine for what the warpgroups then multiply, STAGES ahead; the
 // first stages of W before the kernel before this one has ended.
 //
-// Macros: SCALAR; WARPGROUPS, NTILES (of 8 rows of x: 2, 4 or 8), STAGES (of 64 k), SPLIT; ADD and
-// GATED as in linear_skinny.cu.
+// Macros: SCALAR; ROWS (of W in a tile), NTILES (of 8 rows of x: 2, 4 or 8), STAGES (of 64 k),
+// SPLIT; ADD and GATED as in linear_skinny.cu.
 #include "linear_finish.cuh"
 #include "tensor_copy.cuh"
 #include "wgmma.cuh"
 
 namespace {
+constexpr int WARPGROUPS = (ROWS + 63) / 64;
 constexpr int CONSUMERS = 128 * WARPGROUPS;
 constexpr int THREADS = CONSUMERS + 32;
-constexpr int ROWS = 64 * WARPGROUPS;
 constexpr int COLS = 8 * NTILES;
 constexpr int DEPTH = 64;
 constexpr int ROW_BYTES = 2 * DEPTH;
 constexpr int W_BYTES = ROWS * ROW_BYTES;
 constexpr int X_BYTES = COLS * ROW_BYTES;
+// The last warpgroup's rows behind the tile are whatever lies there: nobody looks at their sums.
 constexpr int STAGE = W_BYTES + X_BYTES;
-constexpr int PITCH = ROWS + 4;
+constexpr int PITCH = 64 * WARPGROUPS + 4;
 constexpr int UNIT = 8;  // rows of W: one pattern of the swizzle
 constexpr int MOST = GATED ? ROWS / 2 : ROWS;
 static_assert(SPLIT == 1 || COLS * PITCH * 4 <= STAGES * STAGE, "partial sums fit the ring");
@@ -44,7 +45,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #endif
         linear_wgmma(const __grid_constant__ TensorMap x_map,
                      const __grid_constant__ TensorMap w_map, SCALAR* out, const SCALAR* residual,
-                     int m, int n, int k, int box_rows) {
+                     int m, int n, int k) {
 #if __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) unsigned char shared[];
   const u32 ring = shared_address(shared);
@@ -70,7 +71,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   const auto copy_w = [&](int slot, int i, int step) {
     const u32 barrier = full + slot * 8, to = ring + slot * STAGE;
     const int column = column_of(step), row = tile_at(i).first;
-    barrier_expect(barrier, box_rows * ROW_BYTES + X_BYTES);
+    barrier_expect(barrier, STAGE);
     if constexpr (GATED)
       copy_gated_box_once(to, w_map, column, row / UNIT, barrier);
     else
@@ -166,7 +167,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
       }
     }
     if constexpr (SPLIT > 1)
-      finish_tile<ROWS, COLS, 1, SPLIT, THREADS / 32, false, ADD, GATED>(
+      finish_tile<64 * WARPGROUPS, COLS, 1, SPLIT, THREADS / 32, false, ADD, GATED>(
           Epilogue<SCALAR>{out, residual, 0.f, m, n, k}, tile,
           reinterpret_cast<const float*>(shared), nullptr, rank);
   }

@@ -40,7 +40,7 @@ def test_every_architecture_compiles_the_skinny_plans(arch: str, m: int, tmp_pat
 @pytest.mark.parametrize("m", [16, 32, 64])
 def test_hopper_compiles_the_tall_plans(m: int, tmp_path: Path) -> None:
     compiler = Compiler("sm_90a", tmp_path)
-    for plan in {tall_plan(m, n, k, SMS) for n, k in MODEL_WEIGHTS}:
+    for plan in {tall_plan(m, n, k, SMS, gated=True) for n, k in MODEL_WEIGHTS}:
         cubin = compiler.compile(
             "linear_wgmma.cu", _macros(plan, torch.bfloat16, False, True, True)
         )
@@ -61,16 +61,20 @@ def test_a_skinny_plan_lets_two_blocks_share_a_hopper_multiprocessor(m: int, n: 
 @pytest.mark.parametrize("k", [64, 1024, 4096])
 @pytest.mark.parametrize("gated", [False, True])
 def test_a_tall_plan_covers_its_weight(m: int, n: int, k: int, gated: bool) -> None:
-    plan = tall_plan(m, n, k, SMS)
+    plan = tall_plan(m, n, k, SMS, gated)
+    unit = 16 if gated else 8
     assert 8 * plan.ntiles >= m
     assert plan.stages >= 3
     assert plan.shared_bytes <= plan.shared_limit <= MOST_SHARED_BYTES
-    outputs = n // 2 if gated else n
-    rows = plan.box_units(outputs, SMS, gated) * 8 * (2 if gated else 1)
-    assert rows <= 64 * plan.warpgroups
+    assert plan.rows % unit == 0
     assert plan.owners(SMS) * plan.split <= SMS
+    # As the kernel counts: tiles of at most `rows` rows in the longest share, in equal parts.
+    units = -(-n // unit)
+    longest = -(-units // plan.owners(SMS))
+    tiles = -(-longest * unit // plan.rows)
+    assert -(-longest // tiles) * unit <= plan.rows <= 192
     if plan.split > 1:  # the partial sums take the ring's place: one tile a block
-        assert plan.owners(SMS) * rows >= n
+        assert tiles == 1
         assert 8 * plan.ntiles * (64 * plan.warpgroups + 4) * 4 <= plan.shared_bytes
 
 
