@@ -38,6 +38,16 @@ struct alignas(16) Shared {
   int last;
 };
 
+// Past L1, which may hold an earlier step's.
+__device__ __forceinline__ DecodeShare load_share(const DecodeShare* from) {
+  static_assert(sizeof(DecodeShare) == 2 * sizeof(int4), "two vectors");
+  DecodeShare share;
+  int4* const to = reinterpret_cast<int4*>(&share);
+  to[0] = __ldcg(reinterpret_cast<const int4*>(from));
+  to[1] = __ldcg(reinterpret_cast<const int4*>(from) + 1);
+  return share;
+}
+
 // A walk over the segments of a share: runs of blocks of one (row, KV head).
 struct Walk {
   int row, head, begin, end, table_row, tokens, query;
@@ -88,8 +98,13 @@ struct Fetcher {
   __device__ void load_table(const int* table, int table_stride) {
     table_base = block;
     const int mine = block + kWarps * static_cast<int>(threadIdx.x % 32);
-    entry = mine < walk.end ? table[static_cast<i64>(walk.table_row) * table_stride + mine] : 0;
+    entry = mine < walk.end
+                ? __ldcg(table + static_cast<i64>(walk.table_row) * table_stride + mine)
+                : 0;
   }
+  // Whether the next block was in the cache before this step: a row's token stands in its last one.
+  __device__ bool next_is_old() const { return block < walk.end && block + 1 < walk.blocks(); }
+
   template <typename Ring>
   __device__ void next(Ring& ring, const u8* keys, const u8* values, const int* table,
                        const DecodeRow* rows, int table_stride, int num_kv_heads,
@@ -353,16 +368,21 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS_PER_SM)
   Shared& shared = *reinterpret_cast<Shared*>(memory + kRingBytes);
 
   let_next_start();
-  wait_for_previous();
-  const DecodeShare share = shares[blockIdx.x];
-  if (share.blocks == 0) return;
+  // The plan was there before the kernel before this one began (attention_plan.cu), and so was all
+  // of the cache but the step's own tokens.
+  const DecodeShare share = load_share(shares + blockIdx.x);
   Walk walk(share);
   Fetcher fetcher(share, block_table, table_stride);
   const auto fetch = [&] {
     fetcher.next(ring, keys, values, block_table, rows, table_stride, num_kv_heads, block_bytes);
   };
+  int fetched = 0;
 #pragma unroll 1
-  for (int s = 0; s < STAGES; ++s) fetch();
+  for (; fetched < STAGES && fetcher.next_is_old(); ++fetched) fetch();
+  wait_for_previous();
+  if (share.blocks == 0) return;
+#pragma unroll 1
+  for (; fetched < STAGES; ++fetched) fetch();
 
   scale *= kLog2e * (KV_FP8 ? *k_scale : 1.f);
   const float out_scale = KV_FP8 ? *v_scale : 1.f;

@@ -86,7 +86,6 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     all_tiles = slots = 0;
   }
   bins[thread] = 0;
-  let_next_start();
   wait_for_previous();
   __syncthreads();
 
@@ -178,4 +177,10 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     }
   }
   for (int i = count + thread; i < max_tiles; i += kThreads) tiles[i] = {};
+
+  // Last of all, so that whatever starts after this kernel may read the plan, and what was written
+  // before it, without waiting: attention asks for old keys and values while its queries are made.
+  __threadfence();
+  __syncthreads();
+  let_next_start();
 }
