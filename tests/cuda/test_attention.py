@@ -11,6 +11,7 @@ from torch import Tensor
 
 from zllm.cuda.attention import AttentionSpec, AttentionWork, PagedAttention
 from zllm.cuda.launcher import KernelLibrary
+from zllm.cuda.rope_cache import rope_cache
 from zllm.errors import KernelError
 
 pytestmark = pytest.mark.gpu
@@ -314,6 +315,44 @@ def test_one_graph_serves_batches_of_other_lengths(library: KernelLibrary) -> No
     assert torch.isnan(out[tokens:]).all()
     case.expected, case.tokens = case.expected[:tokens], tokens
     case.check(out)
+
+
+def test_a_small_chain_in_a_graph_sees_the_newest_tokens(library: KernelLibrary) -> None:
+    """Old keys may be read before the kernel that writes the new ones has ended; those may not."""
+    case = make_case([(1, 3000), (1, 700), (1, 16), (1, 0)], padding_tokens=0)
+    spec, attention = case.spec, attention_for(library, case)
+    work = case.plan(attention)
+    positions = case.kv_len[: case.tokens]
+    rows = case.rows[: case.tokens].long()
+    slots = case.table[rows, positions.long() // 16] * 16 + positions % 16
+    width = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
+    qkv = torch.randn(case.tokens, width, device="cuda").to(spec.dtype)
+    cos_sin = torch.rand(4096, spec.head_dim, device="cuda")
+
+    def chain() -> Tensor:
+        q = rope_cache(
+            library,
+            qkv,
+            positions,
+            slots,
+            case.keys,
+            case.values,
+            cos_sin,
+            num_heads=spec.num_heads,
+        )
+        return attention.run(q, case.keys, case.values, case.table, work, scale=spec.head_dim**-0.5)
+
+    chain()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = chain()
+    for _ in range(20):
+        qkv.normal_()
+        graph.replay()
+        in_graph = out.clone()
+        torch.cuda.synchronize()
+        assert torch.isfinite(in_graph).all()
+        assert torch.equal(in_graph, chain()), "the new tokens stand in the cache by now"
 
 
 def test_a_wrong_argument_is_named(library: KernelLibrary) -> None:
