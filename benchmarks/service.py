@@ -13,6 +13,7 @@ itself, and the engine and the reader the others.
 - single: the engine makes 60,000 tokens a second; messages are what gets through.
 - held: streams that are open at once, with a token every two seconds; the service's memory for
   each.
+- model: as many streams with the embedded model's own engine, most of them in its queue.
 """
 
 from __future__ import annotations
@@ -33,9 +34,15 @@ import grpc
 import psutil
 
 HERE = Path(__file__).parent
+RATE_SERVICE = str(HERE / "rate_service.py")
+SERVE = (
+    *("-m", "zllm", "serve", "--port", "0", "--admin-port", "0", "--metrics-port", "0"),
+    *("--log-level", "warning", "--max-queued-requests", "20000"),
+)
 LATENCY_STREAMS = (1, 8, 64, 256)
 RATE_STREAMS = (16, 64, 256, 1024)
-SECONDS = 5.0
+KINDS = ("latency", "merged", "single", "held", "model")
+SECONDS = 4.0
 """How long each load's engine makes tokens."""
 
 
@@ -53,7 +60,7 @@ def loads(held: int) -> list[Load]:
         for streams in RATE_STREAMS:
             step_s = streams / rate
             found.append(Load(name, streams, int(SECONDS / step_s), step_s))
-    return [*found, Load("held", held, 8, 2.0)]
+    return [*found, Load("held", held, 8, 2.0), Load("model", held, 4, 0.0)]
 
 
 def measure(load: Load, *, pin: bool) -> dict[str, Any]:
@@ -70,7 +77,7 @@ def measure(load: Load, *, pin: bool) -> dict[str, Any]:
         }
         alone = ["taskset", "-c", str(cpus[0])] if pin else []
         server = subprocess.Popen(
-            [*alone, sys.executable, HERE / "rate_service.py"],
+            [*alone, sys.executable, *(SERVE if load.name == "model" else [RATE_SERVICE])],
             env=environment,
             stdout=subprocess.PIPE,
             text=True,
@@ -151,14 +158,15 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--streams", type=int, default=10_000, help="to hold open at once")
-    parser.add_argument("--only", choices=["latency", "merged", "single", "held"])
+    parser.add_argument("--only", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--pin", action="store_true", help="the service alone on the first core")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
+    busy = os.getloadavg()
     rows = []
     for load in loads(options.streams):
-        if options.only in (None, load.name):
+        if load.name in options.only:
             row = measure(load, pin=options.pin)
             rows.append(row)
             words = (f"{k} {v:,.2f}" if isinstance(v, float) else f"{v}" for k, v in row.items())
@@ -166,8 +174,10 @@ def main() -> None:
     if options.json:
         report = {
             "date": time.strftime("%Y-%m-%d"),
-            "command": "python benchmarks/service.py" + " --pin" * options.pin,
+            "command": " ".join(["python", *sys.argv]),
             "machine": f"{len(os.sched_getaffinity(0))} cores, {platform.machine()}",
+            "nice": os.nice(0),
+            "load_average": busy,
             "python": platform.python_version(),
             "grpcio": grpc.__version__,
             "rows": rows,
