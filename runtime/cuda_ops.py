@@ -10,6 +10,7 @@ from zllm.cuda import activation, embedding, norm, rope_cache
 from zllm.cuda.attention import PagedAttention
 from zllm.cuda.launcher import KernelLibrary
 from zllm.cuda.linear import SkinnyLinear
+from zllm.cuda.linear_gated import GatedLinear
 from zllm.runtime.kv_cache import KVCache
 from zllm.runtime.ops import Batch
 
@@ -22,6 +23,7 @@ class CudaOps:
         self._kernels = kernels
         self._attention = attention
         self._skinny = SkinnyLinear(kernels)
+        self._gated = GatedLinear(kernels)
         self._one = torch.ones(1, dtype=torch.float32, device=self.device)
 
     def embed(self, table: Tensor, tokens: Tensor) -> Tensor:
@@ -48,6 +50,9 @@ class CudaOps:
         normed = self.rms_norm(x, norm, eps)
         if self._few_rows(normed, gate_up, gated=True):
             return self._skinny.linear(normed, gate_up, gated=True)
+        n, k = gate_up.shape
+        if self._gated.supports(normed.shape[0], n, k, normed.dtype):
+            return self._gated.linear(normed, gate_up)
         return activation.silu_mul(self._kernels, self.linear(normed, gate_up))
 
     def add_linear(

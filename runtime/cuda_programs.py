@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from zllm.cuda import activation, attention, embedding, norm, rope_cache
+from zllm.cuda import activation, attention, embedding, linear_gated, norm, rope_cache
 from zllm.cuda.attention import AttentionSpec
 from zllm.cuda.compiler import Program
 from zllm.cuda.launcher import KernelLibrary
@@ -82,3 +82,5 @@ def _programs(kernels: KernelLibrary, model: ModelConfig, shape: StepShape) -> I
         yield from skinny.programs(2 * inner, hidden, dtype, norm=fused, gated=True)
         yield from skinny.programs(hidden, inner, dtype, residual=True)
         yield from skinny.programs(model.vocab_size, hidden, dtype, norm=fused)
+        if linear_gated.GatedLinear(kernels).available:
+            yield linear_gated.program(dtype)
