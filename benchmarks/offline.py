@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,9 @@ DECODED = 256
 
 
 def ceilings() -> dict[str, float]:
-    """Read and copy bandwidth in TB/s and the bf16 8192^3 product in TFLOP/s, measured now."""
+    """Read and copy bandwidth in TB/s and the bf16 8192^3 product in TFLOP/s, measured now. The
+    product counts twice: a few, and after half a second of them, at the clock that the power limit
+    then leaves."""
     source = torch.randn(1 << 30, device="cuda", dtype=torch.bfloat16)
     target = torch.empty_like(source)
     nbytes = source.numel() * source.element_size()
@@ -58,10 +61,17 @@ def ceilings() -> dict[str, float]:
     read = timed(lambda: torch.mv(source.view(-1, 8192), vector), 10)
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     product = timed(lambda: a @ b, 20)
+
+    def many() -> None:
+        for _ in range(300):
+            a @ b
+
+    flop = 2 * 8192**3
     return {
         "copy_tb_s": 2 * nbytes / copy / 1e12,
         "read_tb_s": nbytes / read / 1e12,
-        "bf16_tflop_s": 2 * 8192**3 / product / 1e12,
+        "bf16_tflop_s": flop / product / 1e12,
+        "bf16_sustained_tflop_s": 300 * flop / timed(many, 1) / 1e12,
     }
 
 
@@ -73,8 +83,7 @@ class Bench:
         self.llm = LLM(
             checkpoint or HERE / "models" / f"qwen3-{name}",
             load_format="auto" if checkpoint else "dummy",
-            enable_prefix_caching=False,
-            **options,
+            **{"enable_prefix_caching": False, **options},
         )
         self.start_s = time.perf_counter() - start
 
@@ -126,19 +135,47 @@ def mixed_load() -> tuple[list[list[int]], list[int]]:
     return prompts, [random.randint(100, 1024) for _ in range(256)]
 
 
+@dataclass(frozen=True)
+class Shape:
+    """What a model's layers and head multiply by, in elements."""
+
+    layers: int
+    layer: int
+    """Of a layer's products."""
+    head: int
+    heads: int
+    """Query heads times their size."""
+    kv: int
+    """Key and value heads times their size."""
+
+    @staticmethod
+    def of(name: str) -> Shape:
+        config = json.loads((HERE / "models" / f"qwen3-{name}" / "config.json").read_text())
+        hidden, size = config["hidden_size"], config["head_dim"]
+        heads, kv = config["num_attention_heads"] * size, 2 * config["num_key_value_heads"] * size
+        return Shape(
+            config["num_hidden_layers"],
+            hidden * (2 * heads + kv + 3 * config["intermediate_size"]),
+            config["vocab_size"] * hidden,
+            heads,
+            kv,
+        )
+
+
 def roofline_ms(name: str, sequences: int, read_tb_s: float) -> float:
     """The floor of a decode step: weights and KV read once."""
-    config = json.loads((HERE / "models" / f"qwen3-{name}" / "config.json").read_text())
-    hidden, inner = config["hidden_size"], config["intermediate_size"]
-    heads, kv, head = (
-        config["num_attention_heads"],
-        config["num_key_value_heads"],
-        config["head_dim"],
-    )
-    layer = hidden * head * (heads + 2 * kv) + heads * head * hidden + 3 * hidden * inner
-    weights = 2 * (config["num_hidden_layers"] * layer + config["vocab_size"] * hidden)
-    context = (PROMPT + DECODED / 2) * config["num_hidden_layers"] * 2 * kv * head * 2
+    shape = Shape.of(name)
+    weights = 2 * (shape.layers * shape.layer + shape.head)
+    context = (PROMPT + DECODED / 2) * shape.layers * shape.kv * 2
     return (weights + sequences * context) / read_tb_s / 1e9
+
+
+def prefill_tflop(name: str, sequences: int, length: int) -> float:
+    """What prompts cost up to their first tokens: products, causal attention, a row of the head."""
+    shape = Shape.of(name)
+    attention = 4 * shape.heads * length * (length + 1) / 2
+    products = 2 * shape.layer * length
+    return sequences * (shape.layers * (products + attention) + 2 * shape.head) / 1e12
 
 
 def start_to_first_token(name: str, cache: Path, checkpoint: Path | None = None) -> float:
@@ -173,17 +210,28 @@ def measure(name: str, found: dict[str, Any], ceiling: dict[str, float], quick: 
         found[key] = round(value, 3)
         print(f"  {key:34s} {value:12,.3f}  {extra}", flush=True)
 
+    def note_prefill(sequences: int, length: int, repeats: int) -> None:
+        seconds = bench.prefill(sequences, length, repeats)
+        rate = prefill_tflop(name, sequences, length) / seconds
+        shares = [rate / ceiling[key] for key in ("bf16_tflop_s", "bf16_sustained_tflop_s")]
+        note(
+            f"prefill_{sequences}x{length}_ms",
+            seconds * 1e3,
+            f"{rate:.0f} TFLOP/s: {shares[0]:.0%} of the product, {shares[1]:.0%} of it sustained",
+        )
+
     note("engine_start_s", bench.start_s)
     bench.run(_prompts(4, 64), [8] * 4)
     repeats = 1 if quick else 3
+    # Before a second of load lowers the clock that a prompt alone has.
+    note_prefill(1, 1024, 5 * repeats)
     for sequences in (1, 64, 256) if name == "0.6b" else (1, 64):
         step = bench.decode_step(sequences, repeats) * 1e3
         floor = roofline_ms(name, sequences, ceiling["read_tb_s"])
         note(f"decode_step_{sequences}_ms", step, f"roofline {floor:.3f} ({floor / step:.0%})")
-    note("prefill_1x1024_ms", bench.prefill(1, 1024, 5 * repeats) * 1e3)
-    note("prefill_64x1024_ms", bench.prefill(64, 1024, repeats) * 1e3)
+    note_prefill(64, 1024, repeats)
     if name == "8b":
-        note("prefill_1x8192_ms", bench.prefill(1, 8192, repeats) * 1e3)
+        note_prefill(1, 8192, repeats)
     prompts, outputs = mixed_load()
     tokens = sum(outputs)
     note("mixed_tok_s", statistics.median(tokens / bench.run(prompts, outputs) for _ in range(1)))
@@ -192,6 +240,17 @@ def measure(name: str, found: dict[str, Any], ceiling: dict[str, float], quick: 
         raise RuntimeError(problem)
     found["load"] = str(bench.engine.load())
     bench.engine.close()
+
+
+def long_step(name: str, kv_cache_dtype: str) -> float:
+    """Seconds of a decode step of 32 sequences with 16,384 tokens of context each. The prompts come
+    from the prefix cache, which the first of three runs fills."""
+    bench = Bench(name, enable_prefix_caching=True, kv_cache_dtype=kv_cache_dtype)
+    prompts, times = _prompts(32, 16_384), {}
+    for length in (1, 1, 65):
+        times[length] = bench.run(prompts, [length] * 32)
+    bench.engine.close()
+    return (times[65] - times[1]) / 64
 
 
 def draw_steps(name: str, path: Path) -> None:
@@ -216,11 +275,14 @@ def draw_steps(name: str, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", default=["0.6b", "4b", "8b"])
+    parser.add_argument("--models", nargs="*", default=["0.6b", "4b", "8b"])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--start", type=Path, help="an empty folder: also measure start-up")
     parser.add_argument("--quick", action="store_true", help="one repeat of each figure")
+    parser.add_argument(
+        "--long", metavar="MODEL", help="also measure its steps at 32 x 16,384 by the cache's dtype"
+    )
     options = parser.parse_args()
     ceiling = ceilings()
     report: dict[str, Any] = {
@@ -244,6 +306,13 @@ def main() -> None:
             found["start_page_cache_s"] = round(start_from_page_cache(name, options.start), 2)
             print(f"  start_page_cache_s {found['start_page_cache_s']}", flush=True)
         measure(name, found, ceiling, options.quick)
+        if options.json:
+            options.json.write_text(json.dumps(report, indent=2) + "\n")
+    if options.long:
+        steps = {kind: long_step(options.long, kind) * 1e3 for kind in ("auto", "fp8_e4m3")}
+        steps["ratio"] = steps["fp8_e4m3"] / steps["auto"]
+        report[f"decode_step_32x16384_ms_{options.long}"] = steps
+        print(f"32 x 16,384 on Qwen3-{options.long}: {steps}", flush=True)
         if options.json:
             options.json.write_text(json.dumps(report, indent=2) + "\n")
     if options.plot:
