@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from zllm.errors import InvalidRequest
+import asyncio
+from collections.abc import Callable
+from typing import TypeVar
+
 from zllm.service.prompts import encode_text
 from zllm.service.rpc import Context
 from zllm.service.served_model import Models
 from zllm.service.tenants import current_caller
-from zllm.service.validation import Check
+from zllm.service.validation import Check, check_ids, check_text
 from zllm.v1 import models_pb2
 
-MAX_DETOKENIZE_IDS = 1_000_000
+INLINE_TOKENS = 2048
+
+Result = TypeVar("Result")
 
 
 class ModelService:
@@ -35,21 +40,33 @@ class ModelService:
         self, request: models_pb2.TokenizeRequest, context: Context
     ) -> models_pb2.TokenizeResponse:
         model = current_caller().find(self._models, request.model)
+        check = Check()
+        check_text(check, "text", len(request.text), model)
+        check.done()
         ids = await encode_text(model, request.text, add_special_tokens=request.add_special_tokens)
-        return models_pb2.TokenizeResponse(
-            ids=ids, tokens=[model.tokenizer.token_bytes(token_id) for token_id in ids]
+        return await _maybe_in_thread(
+            len(ids),
+            lambda: models_pb2.TokenizeResponse(
+                ids=ids, tokens=[model.tokenizer.token_bytes(token_id) for token_id in ids]
+            ),
         )
 
     async def Detokenize(
         self, request: models_pb2.DetokenizeRequest, context: Context
     ) -> models_pb2.DetokenizeResponse:
         model = current_caller().find(self._models, request.model)
-        if len(request.ids) > MAX_DETOKENIZE_IDS:
-            raise InvalidRequest("ids", f"{len(request.ids)} ids; at most {MAX_DETOKENIZE_IDS} go")
         check = Check()
-        check.ids("ids", request.ids, model.card.vocab_size)
+        check_ids(check, "ids", request.ids, model)
         check.done()
-        text = model.tokenizer.decode(
-            list(request.ids), skip_special_tokens=request.skip_special_tokens
+        text = await _maybe_in_thread(
+            len(request.ids),
+            lambda: model.tokenizer.decode(
+                request.ids, skip_special_tokens=request.skip_special_tokens
+            ),
         )
         return models_pb2.DetokenizeResponse(text=text)
+
+
+async def _maybe_in_thread(count: int, work: Callable[[], Result]) -> Result:
+    """Work on so many tokens, in a thread where running streams would wait for it."""
+    return await asyncio.to_thread(work) if count > INLINE_TOKENS else work()

@@ -14,6 +14,7 @@ from google.protobuf.struct_pb2 import Struct
 
 from zllm.errors import InvalidRequest
 from zllm.service.served_model import ServedModel
+from zllm.service.validation import Check, check_text
 from zllm.v1 import generation_pb2
 
 INLINE_CHARS = 2048
@@ -28,6 +29,9 @@ async def prompt_ids(request: generation_pb2.GenerateRequest, model: ServedModel
     if kind == "text":
         return await encode_text(model, request.text, add_special_tokens=True)
     text = await asyncio.to_thread(_render, request.chat, model)
+    check = Check()
+    check_text(check, "chat", len(text), model)
+    check.done()
     # The template writes the special tokens itself.
     return await encode_text(model, text, add_special_tokens=False)
 

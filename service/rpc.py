@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from typing import Any, TypeAlias
 
 import grpc
@@ -93,6 +94,7 @@ def _answering(
             await abort(context, error)
         except NotImplementedError:
             # gRPC's own servicers inherit the methods that they lack.
+            call.code = grpc.StatusCode.UNIMPLEMENTED
             await abort(context, _not_here(getattr(function, "__name__", "the method")))
         except grpc.aio.AbortError:
             raise
@@ -106,7 +108,9 @@ def _answering(
             # A write failed: the client left, and gRPC has not cancelled this task yet.
             call.code = grpc.StatusCode.CANCELLED
             log.debug("an answer could not be sent: %s", error)
-            await abort(context, ZllmError("the answer could not be sent"))
+            with suppress(grpc.aio.UsageError):  # what could not be sent was a status already
+                await abort(context, ZllmError("the answer could not be sent"))
+            raise asyncio.CancelledError from error
         except Exception:
             # The text of an unforeseen exception may hold paths or prompts: it stays in the log.
             log.exception("unforeseen error in %s", name)

@@ -34,7 +34,13 @@ class EngineProcess:
     ) -> None:
         self._config = config
         self._command = command
-        self._directory = Path(tempfile.mkdtemp(prefix="zllm-"))
+        try:
+            self._directory = Path(tempfile.mkdtemp(prefix="zllm-"))
+        except OSError as error:
+            raise ConfigError(
+                f"no folder for the engine's socket can be made in {tempfile.gettempdir()}: "
+                f"{error.strerror}; make room there, or name another one in TMPDIR"
+            ) from None
         address = f"ipc://{self._directory}/engine.sock"
         self._address = address
         self._timeout = timeout
@@ -49,17 +55,10 @@ class EngineProcess:
         return self._process.pid
 
     async def start(self, load_timeout: float | None = None) -> EngineReady:
-        """Returns when the model is loaded. Raises ConfigError with what the engine said, and
-        after `load_timeout` seconds."""
-        self._process = process = await asyncio.create_subprocess_exec(
-            *self._command,
-            self._address,
-            stdin=asyncio.subprocess.PIPE,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"},
-        )
-        assert process.stdin is not None  # asked for with PIPE; its end tells the engine to end
-        process.stdin.write(msgspec.json.encode(self._config, enc_hook=str) + b"\n")
+        """Returns when the model is loaded. Raises ConfigError with what the engine said, where its
+        process cannot be started, and after `load_timeout` seconds."""
         try:
+            self._process = process = await self._spawn()
             report = await self._first_word(process, load_timeout)
         except (ConfigError, asyncio.CancelledError):
             await self.stop()
@@ -67,6 +66,25 @@ class EngineProcess:
         shutil.rmtree(self._directory, ignore_errors=True)
         self._watch = asyncio.create_task(self._await_death())
         return report
+
+    async def _spawn(self) -> asyncio.subprocess.Process:
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *self._command,
+                self._address,
+                stdin=asyncio.subprocess.PIPE,
+                env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            )
+        except OSError as error:
+            raise ConfigError(
+                f"the engine's process cannot be started: {error.strerror}; see whether memory, "
+                "processes or file descriptors are used up"
+            ) from None
+        if process.stdin is None:
+            raise ConfigError("the engine's process was started without a stdin")
+        # It stays open: its end tells the engine to end.
+        process.stdin.write(msgspec.json.encode(self._config, enc_hook=str) + b"\n")
+        return process
 
     async def _first_word(
         self, process: asyncio.subprocess.Process, load_timeout: float | None

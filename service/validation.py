@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from google.protobuf.duration_pb2 import Duration
@@ -25,6 +25,11 @@ MAX_LOGPROBS = 20
 MAX_REQUEST_ID_CHARS = 256
 MAX_SALT_CHARS = 256
 MAX_CHAT_MESSAGES = 4096
+MAX_IDS = 2**20
+MAX_CHARS = 2**20
+"""Of a text, and bytes of a chat. Both hold for contexts up to that length; a longer one takes as
+many ids as it has tokens, and CHARS_A_TOKEN as many characters."""
+CHARS_A_TOKEN = 16
 MAX_SECONDS = 366 * 24 * 3600.0
 
 
@@ -65,7 +70,9 @@ class Check:
             self.wrong(field, f"{seconds:g} s is not a time above 0 and up to a year")
         return seconds
 
-    def ids(self, field: str, ids: Iterable[int], vocab_size: int) -> None:
+    def ids(self, field: str, ids: Sequence[int], vocab_size: int) -> None:
+        if not ids or max(ids) < vocab_size:
+            return
         for index, token_id in enumerate(ids):
             if token_id >= vocab_size:
                 self.wrong(
@@ -227,11 +234,13 @@ def _stopping(check: Check, params: generation_pb2.StoppingParams, model: Served
                     f"stopping.stop_strings[{index}]",
                     f"it has {len(stop)} characters, not 1 to {MAX_STOP_STRING_CHARS}",
                 )
+    stop_token_ids: tuple[int, ...] = ()
     if len(params.stop_token_ids) > MAX_STOP_TOKEN_IDS:
         count = len(params.stop_token_ids)
         check.wrong("stopping.stop_token_ids", f"{count} ids; at most {MAX_STOP_TOKEN_IDS} go")
     else:
-        check.ids("stopping.stop_token_ids", params.stop_token_ids, model.card.vocab_size)
+        stop_token_ids = tuple(params.stop_token_ids)
+        check.ids("stopping.stop_token_ids", stop_token_ids, model.card.vocab_size)
     time_limit = 0.0
     if params.HasField("time_limit"):
         time_limit = check.seconds("stopping.time_limit", params.time_limit)
@@ -239,7 +248,7 @@ def _stopping(check: Check, params: generation_pb2.StoppingParams, model: Served
         max_tokens=max_tokens,
         min_tokens=min_tokens,
         eos_token_ids=() if params.ignore_eos else model.card.eos_token_ids,
-        stop_token_ids=tuple(params.stop_token_ids),
+        stop_token_ids=stop_token_ids,
         time_limit=time_limit,
     )
 
@@ -251,12 +260,33 @@ def _prompt_fields(
     if kind is None:
         check.wrong("prompt", "the request has none: set text, token_ids or chat")
     elif kind == "token_ids":
-        check.ids("token_ids.ids", request.token_ids.ids, model.card.vocab_size)
-    elif kind == "chat":
+        check_ids(check, "token_ids.ids", request.token_ids.ids, model)
+    elif kind == "text":
+        check_text(check, "text", len(request.text), model)
+    elif check_text(check, "chat", request.chat.ByteSize(), model):
         if model.chat_template is None:
             check.wrong("chat", f"model {model.name} has no chat template: send text instead")
         if not 1 <= len(request.chat.messages) <= MAX_CHAT_MESSAGES:
             check.wrong("chat.messages", f"there must be 1 to {MAX_CHAT_MESSAGES} messages")
+            return
         for index, message in enumerate(request.chat.messages):
             if not message.role:
                 check.wrong(f"chat.messages[{index}].role", "it is empty")
+
+
+def check_ids(check: Check, field: str, ids: Sequence[int], model: ServedModel) -> None:
+    """Their number, and only where that is bearable each of them."""
+    most = max(MAX_IDS, model.max_context_tokens)
+    if len(ids) > most:
+        check.wrong(field, f"{len(ids)} ids; at most {most} go")
+    else:
+        check.ids(field, ids, model.card.vocab_size)
+
+
+def check_text(check: Check, field: str, size: int, model: ServedModel) -> bool:
+    """Whether a text of this size may be rendered and tokenized: that takes time in proportion,
+    which no other request is to pay for."""
+    most = max(MAX_CHARS, CHARS_A_TOKEN * model.max_context_tokens)
+    if size > most:
+        check.wrong(field, f"it has a size of {size}, and {most} at most goes: shorten it")
+    return size <= most

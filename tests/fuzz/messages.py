@@ -35,7 +35,7 @@ def random_message(rng: random.Random, message: Message, depth: int = 0) -> Mess
 def _set(rng: random.Random, message: Message, field: FieldDescriptor, depth: int) -> None:
     value = getattr(message, field.name)
     if _is_map(field):
-        for _ in range(_count(rng)):
+        for _ in range(_count(rng, depth)):
             entry = field.message_type.fields_by_name
             key = _scalar(rng, entry["key"])
             if entry["value"].message_type is None:
@@ -43,7 +43,7 @@ def _set(rng: random.Random, message: Message, field: FieldDescriptor, depth: in
             elif depth < MAX_DEPTH:
                 random_message(rng, value[key], depth + 1)
     elif field.is_repeated:
-        for _ in range(_count(rng)):
+        for _ in range(_count(rng, depth)):
             if field.message_type is None:
                 value.append(_scalar(rng, field))
             elif depth < MAX_DEPTH:
@@ -60,8 +60,9 @@ def _is_map(field: FieldDescriptor) -> bool:
     return kind is not None and bool(kind.GetOptions().map_entry)
 
 
-def _count(rng: random.Random) -> int:
-    return rng.choice([0, 1, 1, 2, 3, 7, 70, 2000]) if rng.random() < 0.5 else 1
+def _count(rng: random.Random, depth: int) -> int:
+    """Many only near the top: the deep ones multiply."""
+    return rng.choice([0, 1, 2, 3, 70, 2000] if depth < 2 else [0, 1, 1, 2, 3])
 
 
 def _scalar(rng: random.Random, field: FieldDescriptor) -> Any:

@@ -157,6 +157,19 @@ async def test_an_engine_that_ends_while_loading_is_a_config_error() -> None:
         await engine.start()
 
 
+async def test_what_keeps_an_engine_from_starting_is_a_config_error_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    engine = EngineProcess(CONFIG, timeout=60, command=(str(tmp_path / "nothing"),))
+    with pytest.raises(ConfigError, match="cannot be started"):
+        await engine.start()
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "absent"))
+    with pytest.raises(ConfigError, match="TMPDIR"):
+        EngineProcess(CONFIG, timeout=60, command=STUB)
+
+
 async def test_an_engine_that_ignores_shutdown_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("zllm.service.supervisor.STOP_S", 0.3)
     engine = EngineProcess(CONFIG, timeout=60, command=STUB)
