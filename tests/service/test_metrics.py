@@ -214,6 +214,13 @@ async def test_refusals_say_why() -> None:
         await until(server, 1, "requests_refused_total", reason="draining")
 
 
+def test_every_cause_that_the_code_gives_has_a_series() -> None:
+    root = Path(__file__).parents[2]
+    sources = [root / "zllm/errors.py", *(root / "service").glob("*.py")]
+    given = re.findall(r'cause(?:: str)? ?= ?"(\w+)"', "".join(map(Path.read_text, sources)))
+    assert set(given) == set(REFUSALS)
+
+
 async def test_refusals_of_tenants_say_why(tmp_path: Path) -> None:
     (tmp_path / "keys.yaml").write_text(KEYS)
     config = ServerConfig(port=0, admin_port=0, api_keys=str(tmp_path / "keys.yaml"))
