@@ -1,9 +1,10 @@
 """Paged attention of a mixed batch: planned once a step, launched once a layer.
 
 A step's rows have one query token (decode) or several (prefill chunks, with or without tokens in
-the cache already). `plan` makes the work lists of both on the device, so that nothing in a CUDA
-graph depends on lengths; `run` attends one layer. The step's own keys and values stand in the
-cache before `run`, in the order of cuda/include/kv_layout.cuh.
+the cache already). `plan` says what a step is, and `run` attends one layer; the first layer to run
+makes the step's work lists, on the device, so that nothing in a CUDA graph depends on lengths. The
+step's own keys and values stand in the cache before `run`, in the order of
+cuda/include/kv_layout.cuh.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ _SHARE_WORDS, _ROW_WORDS, _TILE_WORDS = 8, 4, 8
 
 @dataclass(frozen=True, slots=True)
 class AttentionWork:
-    """What `plan` made of a step. The lists are overwritten by the next plan."""
+    """What `plan` made of a step."""
 
     rows: Tensor
     q_start: Tensor
@@ -73,6 +74,7 @@ class PagedAttention:
         self._library = library
         self._pdl = library.pdl and not portable
         arch = library.compiler.arch
+        self._planned: AttentionWork | None = None
         self._config = decode_config(spec, arch)
         self._prefill = prefill_config(spec, arch, portable)
         self._max_rows, self._max_tokens = max_rows, max_tokens
@@ -114,7 +116,7 @@ class PagedAttention:
         num_tokens: int,
         decode_only: bool = False,
     ) -> AttentionWork:
-        """Make the work lists of a step.
+        """What `run` needs to know of a step; nothing is launched before it.
 
         rows, kv_len: int32 [R]; q_start: int32 [R + 1]; see runtime.ops.Batch. num_tokens: of the
         step, padding included. decode_only: no row has more than one token, so that `run` leaves
@@ -132,34 +134,37 @@ class PagedAttention:
             raise KernelError(f"rows: {rows.numel()} rows, planned for {self._max_rows} at most")
         if num_tokens > self._max_tokens:
             raise KernelError(f"num_tokens is {num_tokens}: planned for {self._max_tokens} at most")
-        num_sms = self._library.num_sms
-        split = self._prefill.splits(num_tokens, self.spec.num_heads, num_sms)
+        split = self._prefill.splits(num_tokens, self.spec.num_heads, self._library.num_sms)
         max_tiles = 0 if decode_only else self._tile_limit(rows.numel(), num_tokens, split)
-        work = AttentionWork(rows, q_start, kv_len, num_tokens, max_tiles, split)
-        if self.spec.dtype != torch.float32:
-            self._plan.launch(
-                (1, 1, 1),
-                (1024, 1, 1),
-                (
-                    rows,
-                    q_start,
-                    kv_len,
-                    self._shares,
-                    self._decode_rows,
-                    self._tiles,
-                    rows.numel(),
-                    self._num_shares,
-                    max_tiles,
-                    self.spec.num_kv_heads,
-                    self.spec.group,
-                    self._prefill.tile_rows,
-                    self._prefill.tile_keys,
-                    num_sms if split else 0,
-                    _MIN_SHARE,
-                ),
-                pdl=self._pdl,
-            )
-        return work
+        return AttentionWork(rows, q_start, kv_len, num_tokens, max_tiles, split)
+
+    def _make_lists(self, work: AttentionWork) -> None:
+        """Overwrites those of another step."""
+        self._planned = work
+        if self.spec.dtype == torch.float32:
+            return
+        self._plan.launch(
+            (1, 1, 1),
+            (1024, 1, 1),
+            (
+                work.rows,
+                work.q_start,
+                work.kv_len,
+                self._shares,
+                self._decode_rows,
+                self._tiles,
+                work.rows.numel(),
+                self._num_shares,
+                work.max_tiles,
+                self.spec.num_kv_heads,
+                self.spec.group,
+                self._prefill.tile_rows,
+                self._prefill.tile_keys,
+                self._library.num_sms if work.split else 0,
+                _MIN_SHARE,
+            ),
+            pdl=self._pdl,
+        )
 
     def run(
         self,
@@ -180,6 +185,8 @@ class PagedAttention:
         [rows, max_blocks]; scale: of the scores before the softmax; k_scale, v_scale: float32 [1],
         what a float8 cache's entries are multiplied by. Tokens of no row are left as they are.
         """
+        if work is not self._planned:
+            self._make_lists(work)
         spec, device = self.spec, self._shares.device
         _check("q", q, spec.dtype, (work.num_tokens, spec.num_heads, spec.head_dim), device)
         if out is None:
