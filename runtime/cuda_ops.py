@@ -8,11 +8,13 @@ from torch import Tensor
 
 from zllm.cuda import activation, embedding, norm, rope_cache
 from zllm.cuda.attention import PagedAttention
+from zllm.cuda.decoder import MAX_ROWS, ResidentDecoder, ResidentLayer, supports
+from zllm.cuda.decoder_plan import DecoderShape
 from zllm.cuda.launcher import KernelLibrary
 from zllm.cuda.linear import SkinnyLinear
 from zllm.cuda.linear_gated import GatedLinear
 from zllm.runtime.kv_cache import KVCache
-from zllm.runtime.ops import Batch
+from zllm.runtime.ops import Batch, Decoder
 
 
 class CudaOps:
@@ -24,7 +26,29 @@ class CudaOps:
         self._attention = attention
         self._skinny = SkinnyLinear(kernels)
         self._gated = GatedLinear(kernels)
+        self._resident: dict[int, ResidentDecoder | None] = {}
         self._one = torch.ones(1, dtype=torch.float32, device=self.device)
+
+    def decode(self, decoder: Decoder, batch: Batch, cache: KVCache) -> Tensor | None:
+        if batch.tokens.shape[0] > MAX_ROWS or batch.work.max_tiles:
+            return None  # too many tokens for any, or rows of several tokens
+        # A cache is known by its place: the weights stay where they are.
+        place = cache.data.data_ptr()
+        if place not in self._resident:
+            self._resident = {place: _resident(self._kernels, decoder, cache)}
+        resident = self._resident[place]
+        if resident is None or batch.tokens.shape[0] > resident.most_rows:
+            return None
+        return resident.run(
+            batch.tokens,
+            batch.positions,
+            batch.slots,
+            batch.rows,
+            batch.q_start,
+            batch.kv_len,
+            batch.block_table,
+            scale=decoder.scale,
+        )
 
     def embed(self, table: Tensor, tokens: Tensor) -> Tensor:
         return embedding.embed(self._kernels, table, tokens)
@@ -130,3 +154,39 @@ class CudaOps:
         """What a float8 cache's entries are multiplied by. Keys are normalized and values small,
         so e4m3's range of 448 needs no other scale than 1 (docs/decisions/003-fp8-kv-scale.md)."""
         return self._one if cache.data.dtype == torch.float8_e4m3fn else None
+
+
+def _resident(kernels: KernelLibrary, decoder: Decoder, cache: KVCache) -> ResidentDecoder | None:
+    """The kernel that takes all layers at once; None where there is none for them."""
+    first = decoder.layers[0]
+    shape = DecoderShape(
+        hidden_size=decoder.embedding.shape[1],
+        intermediate_size=first.down.shape[1],
+        num_heads=decoder.num_heads,
+        num_kv_heads=decoder.num_kv_heads,
+        head_dim=decoder.head_dim,
+        qk_norm=first.q_norm is not None,
+        num_layers=len(decoder.layers),
+    )
+    if first.qkv_bias is not None or first.output_bias is not None:
+        return None
+    if not supports(kernels, shape, decoder.embedding.dtype, cache.data.dtype):
+        return None
+    layers = [
+        ResidentLayer(
+            layer.input_norm,
+            layer.qkv,
+            layer.q_norm,
+            layer.k_norm,
+            layer.output,
+            layer.post_norm,
+            layer.gate_up,
+            layer.down,
+            keys,
+            values,
+        )
+        for layer, keys, values in zip(decoder.layers, cache.keys, cache.values, strict=True)
+    ]
+    return ResidentDecoder(
+        kernels, shape, decoder.embedding, layers, decoder.cos_sin, eps=decoder.eps
+    )

@@ -9,9 +9,10 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from zllm.cuda import activation, attention, embedding, linear_gated, norm, rope_cache
+from zllm.cuda import activation, attention, decoder, embedding, linear_gated, norm, rope_cache
 from zllm.cuda.attention import AttentionSpec
 from zllm.cuda.compiler import Program
+from zllm.cuda.decoder_plan import DecoderShape
 from zllm.cuda.launcher import KernelLibrary
 from zllm.cuda.linear import SkinnyLinear
 from zllm.runtime import cuda_step
@@ -72,6 +73,17 @@ def _programs(kernels: KernelLibrary, model: ModelConfig, shape: StepShape) -> I
     )
     yield from attention.programs(spec, kernels.compiler.arch)
     yield from cuda_step.programs(dtype, model.vocab_size)
+    whole = DecoderShape(
+        model.hidden_size,
+        model.intermediate_size,
+        model.num_heads,
+        model.num_kv_heads,
+        model.head_dim,
+        qk_norm=True,
+        num_layers=model.num_layers,
+    )
+    if not model.attention_bias and decoder.supports(kernels, whole, dtype, spec.kv_dtype):
+        yield from decoder.programs(kernels, whole)
     if dtype != torch.float32:
         skinny, fused = SkinnyLinear(kernels), dtype == torch.bfloat16
         hidden, inner = model.hidden_size, model.intermediate_size

@@ -69,10 +69,47 @@ class SamplingStep:
     """-1: nobody wants any; else N of Sampled.top_ids."""
 
 
+@dataclass(frozen=True, slots=True)
+class DecoderLayer:
+    """The weights of one layer: attention, then a gated MLP, each behind an RMSNorm."""
+
+    input_norm: Tensor
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    output: Tensor
+    output_bias: Tensor | None
+    post_norm: Tensor
+    gate_up: Tensor
+    down: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Decoder:
+    """All layers of a model, for backends that can take them at once."""
+
+    embedding: Tensor
+    layers: tuple[DecoderLayer, ...]
+    cos_sin: Tensor
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    """Of the attention's scores."""
+    eps: float
+    """Of every norm."""
+
+
 class Ops(Protocol):
     """What a backend must do. Inputs are checked where they enter a kernel."""
 
     device: torch.device
+
+    def decode(self, decoder: Decoder, batch: Batch, cache: KVCache) -> Tensor | None:
+        """[P] tokens -> [P, H]: all layers at once, keys and values written; None where the backend
+        is not faster so than by one operation after the other."""
+        ...
 
     def embed(self, table: Tensor, tokens: Tensor) -> Tensor:
         """[V, H], [P] -> [P, H]: the rows of the table."""

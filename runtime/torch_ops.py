@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from zllm.runtime.kv_cache import KVCache
-from zllm.runtime.ops import Batch
+from zllm.runtime.ops import Batch, Decoder
 from zllm.runtime.torch_attention import AttentionWork, attend, write_kv
 
 _LARGE = 2**19
@@ -20,6 +20,9 @@ class TorchOps:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._onednn = device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+    def decode(self, decoder: Decoder, batch: Batch, cache: KVCache) -> Tensor | None:
+        return None
 
     def embed(self, table: Tensor, tokens: Tensor) -> Tensor:
         return functional.embedding(tokens, table)

@@ -36,21 +36,25 @@ template <> struct Pair<__half> {
   using type = __half2;
   static __device__ __forceinline__ float2 to_float2(type p) { return __half22float2(p); }
 };
-template <typename T> __device__ __forceinline__ float sum_of_squares(uint4 v) {
+template <typename T> __device__ __forceinline__ float2 unpack(u32 pair) {
+  return Pair<T>::to_float2(*reinterpret_cast<const typename Pair<T>::type*>(&pair));
+}
+// V: uint2 or uint4, of pairs of T.
+template <typename T, typename V> __device__ __forceinline__ float sum_of_squares(V v) {
   const auto* pairs = reinterpret_cast<const typename Pair<T>::type*>(&v);
   float sum = 0.f;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i < static_cast<int>(sizeof(V) / 4); ++i) {
     const float2 f = Pair<T>::to_float2(pairs[i]);
     sum += f.x * f.x + f.y * f.y;
   }
   return sum;
 }
-template <typename T> __device__ __forceinline__ uint4 product(uint4 a, uint4 b) {
+template <typename T, typename V> __device__ __forceinline__ V product(V a, V b) {
   using P = typename Pair<T>::type;
-  uint4 out;
+  V out;
 #pragma unroll
-  for (int i = 0; i < 4; ++i)
+  for (int i = 0; i < static_cast<int>(sizeof(V) / 4); ++i)
     reinterpret_cast<P*>(&out)[i] =
         __hmul2(reinterpret_cast<const P*>(&a)[i], reinterpret_cast<const P*>(&b)[i]);
   return out;

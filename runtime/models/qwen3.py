@@ -6,7 +6,6 @@ Yang et al. 2025, "Qwen3 Technical Report".
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,22 +13,8 @@ from torch import Tensor
 from zllm.runtime.kv_cache import KVCache
 from zllm.runtime.model_config import ModelConfig
 from zllm.runtime.models.parameters import Parameter, Weights, bias, linear, norm
-from zllm.runtime.ops import Batch, Ops
+from zllm.runtime.ops import Batch, Decoder, DecoderLayer, Ops
 from zllm.runtime.rope import rope_table
-
-
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    input_norm: Tensor
-    qkv: Tensor
-    qkv_bias: Tensor | None
-    q_norm: Tensor
-    k_norm: Tensor
-    output: Tensor
-    output_bias: Tensor | None
-    post_norm: Tensor
-    gate_up: Tensor
-    down: Tensor
 
 
 class Qwen3:
@@ -39,12 +24,18 @@ class Qwen3:
         self, config: ModelConfig, weights: Weights, max_model_len: int, device: torch.device
     ) -> None:
         self.config = config
-        self.scale = config.head_dim**-0.5
-        self.cos_sin = rope_table(config.rope, config.head_dim, max_model_len, device)
-        self.embedding = weights["embedding"]
+        self.decoder = Decoder(
+            embedding=weights["embedding"],
+            layers=tuple(_layer(weights, f"layers.{i}.") for i in range(config.num_layers)),
+            cos_sin=rope_table(config.rope, config.head_dim, max_model_len, device),
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            scale=config.head_dim**-0.5,
+            eps=config.rms_norm_eps,
+        )
         self.head = weights["embedding" if config.tie_word_embeddings else "head"]
         self.final_norm = weights["final_norm"]
-        self.layers = [_layer(weights, f"layers.{i}.") for i in range(config.num_layers)]
 
     @staticmethod
     def parameters(config: ModelConfig) -> Iterator[Parameter]:
@@ -89,24 +80,26 @@ class Qwen3:
 
     def forward(self, ops: Ops, batch: Batch, cache: KVCache) -> Tensor:
         """The hidden states [P, H] of the step's tokens, before the last norm."""
-        config = self.config
-        eps = config.rms_norm_eps
-        x = ops.embed(self.embedding, batch.tokens)
-        for index, layer in enumerate(self.layers):
+        decoder, eps = self.decoder, self.decoder.eps
+        hidden = ops.decode(decoder, batch, cache)
+        if hidden is not None:
+            return hidden
+        x = ops.embed(decoder.embedding, batch.tokens)
+        for index, layer in enumerate(decoder.layers):
             q = ops.rope_and_cache(
                 ops.norm_linear(x, layer.input_norm, layer.qkv, layer.qkv_bias, eps=eps),
                 batch,
                 cache,
                 index,
-                num_heads=config.num_heads,
-                num_kv_heads=config.num_kv_heads,
-                head_dim=config.head_dim,
-                cos_sin=self.cos_sin,
+                num_heads=decoder.num_heads,
+                num_kv_heads=decoder.num_kv_heads,
+                head_dim=decoder.head_dim,
+                cos_sin=decoder.cos_sin,
                 q_norm=layer.q_norm,
                 k_norm=layer.k_norm,
                 eps=eps,
             )
-            attended = ops.attention(q, batch, cache, index, scale=self.scale)
+            attended = ops.attention(q, batch, cache, index, scale=decoder.scale)
             ops.add_linear(x, attended, layer.output, layer.output_bias)
             gated = ops.norm_gated_linear(x, layer.post_norm, layer.gate_up, eps=eps)
             ops.add_linear(x, gated, layer.down)
@@ -117,8 +110,8 @@ class Qwen3:
         return ops.norm_linear(hidden, self.final_norm, self.head, eps=self.config.rms_norm_eps)
 
 
-def _layer(weights: Weights, prefix: str) -> _Layer:
-    return _Layer(
+def _layer(weights: Weights, prefix: str) -> DecoderLayer:
+    return DecoderLayer(
         input_norm=weights[prefix + "input_norm"],
         qkv=weights[prefix + "qkv"],
         qkv_bias=weights.get(prefix + "qkv_bias"),

@@ -14,6 +14,7 @@ import torch
 from tests.runtime.checkpoints import VOCAB, all_logits, greedy, make_hf_model, save
 from tests.runtime.serving import Request, Server, random_prompts
 from zllm import LLM, SamplingParams
+from zllm.cuda.decoder import ResidentDecoder
 from zllm.runtime.config import EngineConfig
 from zllm.runtime.cuda_runner import CudaRunner
 from zllm.runtime.engine import Engine
@@ -37,7 +38,7 @@ PROMPTS = random_prompts(17, VOCAB, longest=150, seed=1)
 @pytest.fixture(scope="module", params=VARIANTS)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A transformers model on the CPU, and the folder of its checkpoint."""
-    settings = {"hidden_size": 64, "intermediate_size": 96, **VARIANTS[request.param]}
+    settings = {"hidden_size": 64, "intermediate_size": 128, **VARIANTS[request.param]}
     hf_model = make_hf_model(seed=3, **settings)
     return hf_model, save(hf_model, tmp_path_factory.mktemp(request.param))
 
@@ -57,6 +58,28 @@ def test_logits_are_those_of_transformers(model: Any, dtype: str) -> None:
         expected = all_logits(hf_model, [*prompt, *tokens])[len(prompt) - 1 : -1]
         error = (torch.stack(answer.logits).float() - expected).abs().max()
         assert error / expected.abs().max() < LOGITS_TOLERANCE[dtype]
+
+
+def test_few_sequences_go_through_the_resident_decoder(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hf_model, folder = model
+    launched = Counter[int]()
+    run = ResidentDecoder.run
+
+    def spy(self: ResidentDecoder, tokens: torch.Tensor, *args: Any, **options: Any) -> Any:
+        launched[tokens.numel()] += 1
+        return run(self, tokens, *args, **options)
+
+    monkeypatch.setattr(ResidentDecoder, "run", spy)
+    server = Server(folder, device="cuda", dtype="bfloat16", enforce_eager=True)
+    asked = [Request(prompt, 12, 3 * index) for index, prompt in enumerate(PROMPTS[:5])]
+    for request, answer in zip(asked, server.serve(asked), strict=True):
+        tokens = answer.tokens
+        expected = all_logits(hf_model, [*request.prompt, *tokens])[len(request.prompt) - 1 : -1]
+        error = (torch.stack(answer.logits).float() - expected).abs().max()
+        assert error / expected.abs().max() < LOGITS_TOLERANCE["bfloat16"]
+    assert set(launched) >= {1, 2, 3}
 
 
 @pytest.mark.parametrize("blocks", [400, 14])
