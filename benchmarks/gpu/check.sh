@@ -5,26 +5,31 @@ set -uo pipefail
 out=$1
 started=$SECONDS
 say() { echo "[$((SECONDS - started)) s] $*"; }
+gpu_tests=(python3 -m pytest tests/cuda -m gpu -q -p no:cacheprovider --timeout 200)
 
 say "whole models"
 python3 benchmarks/offline.py --start "$(mktemp -d)" --json "$out/offline.json" \
   --plot "$out/decode-step.png" 2>&1 | tee "$out/offline.txt"
 
-say "tests"
-python3 -m pytest tests/cuda -m gpu -q -p no:cacheprovider --timeout 120 >"$out/tests.txt" 2>&1
-grep -E "^(FAILED|ERROR|E  )|passed|failed" "$out/tests.txt" | tail -30
+say "where a step's time goes"
+for arguments in "0.6b --sequences 1 64 256" "4b --sequences 1 64"; do
+  # shellcheck disable=SC2086
+  echo "\$ profile_step.py $arguments" && python3 benchmarks/gpu/profile_step.py $arguments
+done >"$out/profile.txt" 2>&1
+grep "us a step" "$out/profile.txt"
 
-say "the demo, over gRPC"
-python3 -m zllm demo 2>&1 | grep -vE "^ " | tail -24
-
+# Correctness from here on: what follows may share the GPU.
 # cuda-bindings asks the driver for symbols that it may lack: that is no error of ours.
 sanitize() {
-  say "$1 of $2"
-  timeout 200 compute-sanitizer --tool "$1" --report-api-errors no --target-processes all \
-    python3 -m pytest tests/cuda -m gpu -q -p no:cacheprovider --timeout 200 -x -k "$2" \
-    >"$out/$1.txt" 2>&1
-  grep -E "passed|failed|ERROR SUMMARY|RACECHECK SUMMARY" "$out/$1.txt" | tail -3
+  timeout 240 compute-sanitizer --tool "$1" --report-api-errors no --target-processes all \
+    "${gpu_tests[@]}" -k small >"$out/$1.txt" 2>&1
 }
-sanitize memcheck small
-sanitize racecheck small
+say "tests, and the small ones under memcheck and racecheck"
+(sanitize memcheck; sanitize racecheck) &
+"${gpu_tests[@]}" >"$out/tests.txt" 2>&1
+grep -E "^(FAILED|ERROR|E  )|passed|failed" "$out/tests.txt" | tail -30
+say "the demo, over gRPC"
+python3 -m zllm demo 2>&1 | grep -vE "^ " | tail -24
+wait
+grep -E "passed|failed|ERROR SUMMARY|RACECHECK SUMMARY" "$out/memcheck.txt" "$out/racecheck.txt"
 say "done"
