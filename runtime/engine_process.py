@@ -19,21 +19,21 @@ import msgspec
 import zmq
 
 from zllm.errors import ZllmError
+from zllm.runtime.clients import Clients
 from zllm.runtime.config import EngineConfig
 from zllm.runtime.messages import (
     AbortRequests,
     AddRequest,
+    Attach,
     CacheFlushed,
     EngineFailed,
     EngineReady,
     EngineStats,
     FlushCache,
-    FromEngine,
     Heartbeat,
     Load,
     Shutdown,
     StepOutput,
-    ToEngine,
 )
 
 HEARTBEAT_S = 0.5
@@ -44,9 +44,6 @@ take half a minute. On a GPU this and the service's timeout together leave five 
 what a full step of a large model or the first use of a kernel takes."""
 CHECK_S = 10.0
 """Between two checks of the scheduler's books, which happen when the engine falls idle."""
-
-_decode = msgspec.msgpack.Decoder(ToEngine).decode
-_encode = msgspec.msgpack.Encoder().encode
 
 
 class Steppable(Protocol):
@@ -68,11 +65,9 @@ class EngineLoop:
     """Takes requests in, steps the engine, sends what each step gave. While a step runs, a thread
     sends the heartbeat, up to `step_limit_s`."""
 
-    def __init__(
-        self, engine: Steppable, socket: zmq.Socket[bytes], *, step_limit_s: float = 60.0
-    ) -> None:
+    def __init__(self, engine: Steppable, clients: Clients, *, step_limit_s: float = 60.0) -> None:
         self._engine = engine
-        self._socket = socket
+        self._clients = clients
         self._step_limit_s = step_limit_s
         self._step_began = 0.0
         self._load = Load()
@@ -95,21 +90,24 @@ class EngineLoop:
 
     def _turn(self) -> None:
         engine = self._engine
-        self._send(engine.ready())
         running = True
         while running:
             busy = engine.has_work()
             heard, running = self._take_inbox(0 if busy else int(HEARTBEAT_S * 1000))
+            orphans = self._clients.take_orphans()
+            if orphans:
+                engine.abort(orphans)
             output = self._step() if engine.has_work() else None
             if output is not None:
-                self._send(output)
+                self._load = output.load
+                self._clients.publish(output)
             idle_again = (heard or busy) and not engine.has_work()
             if idle_again and time.monotonic() - self._last_check > CHECK_S:
                 self._last_check = time.monotonic()
                 engine.check()
             if idle_again or time.monotonic() - self._last_beat > HEARTBEAT_S:
-                self._stats = engine.stats()
-                self._send(Heartbeat(engine.load(), self._stats))
+                self._load, self._stats = engine.load(), engine.stats()
+                self._send_heartbeat()
 
     def _step(self) -> StepOutput | None:
         self._step_began = time.monotonic()
@@ -125,36 +123,41 @@ class EngineLoop:
                 now = time.monotonic()
                 within = now - self._step_began < self._step_limit_s
                 if within and now - self._last_beat > HEARTBEAT_S and not self._ended.is_set():
-                    self._send(Heartbeat(self._load, self._stats))
+                    self._send_heartbeat()
 
     def _take_inbox(self, timeout_ms: int) -> tuple[bool, bool]:
         """Whether anything came, and whether to go on."""
         heard = False
-        while self._socket.poll(0 if heard else timeout_ms):
-            message = _decode(self._socket.recv())
+        while self._clients.poll(0 if heard else timeout_ms):
+            client, message = self._clients.receive()
             heard = True
             if isinstance(message, AddRequest):
-                self._engine.add(message)
+                if self._clients.began(client, message.request_id):
+                    self._engine.add(message)
             elif isinstance(message, AbortRequests):
                 self._engine.abort(message.request_ids)
             elif isinstance(message, FlushCache):
-                self._send(CacheFlushed(self._engine.flush_cache()))
+                self._clients.send(client, CacheFlushed(self._engine.flush_cache()))
+            elif isinstance(message, Attach):
+                self._clients.attach(client, self._engine.ready())
             elif isinstance(message, Shutdown):
                 return heard, False
         return heard, True
 
-    def _send(self, message: FromEngine) -> None:
-        if isinstance(message, (StepOutput, Heartbeat)):
-            self._load = message.load
-        if isinstance(message, Heartbeat):
-            self._last_beat = time.monotonic()
-        self._socket.send(_encode(message))
+    def _send_heartbeat(self) -> None:
+        self._clients.broadcast(Heartbeat(self._load, self._stats))
+        self._last_beat = time.monotonic()
 
 
-def bind(address: str) -> zmq.Socket[bytes]:
-    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
+def bind(address: str, context: zmq.Context[zmq.Socket[bytes]] | None = None) -> Clients:
+    """Listens there. What a client does not read waits without bound: at most the output of its
+    own requests, and no other client's time."""
+    socket: zmq.Socket[bytes] = (context or zmq.Context.instance()).socket(zmq.ROUTER)
+    socket.set(zmq.ROUTER_MANDATORY, 1)
+    socket.set(zmq.ROUTER_HANDOVER, 1)
+    socket.set(zmq.SNDHWM, 0)
     socket.bind(address)
-    return socket
+    return Clients(socket)
 
 
 def _die_with_parent() -> None:
@@ -183,11 +186,13 @@ def _read_line() -> bytes:
 
 
 def main(address: str) -> int:
-    # Ctrl-C reaches the whole terminal group: the service decides when the engine ends.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C reaches the whole terminal group, and a service manager's SIGTERM every process: the
+    # service decides when the engine ends.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     config = msgspec.json.decode(_read_line(), type=EngineConfig, dec_hook=lambda t, v: t(v))
     _die_with_parent()
-    socket = bind(address)
+    clients = bind(address)
     try:
         # Imported here so that a torch that cannot load reaches the parent as EngineFailed too.
         import torch
@@ -196,11 +201,12 @@ def main(address: str) -> int:
 
         engine = Engine(config)
     except (ZllmError, ImportError, OSError, MemoryError, RuntimeError) as error:
-        socket.send(_encode(EngineFailed(str(error) or type(error).__name__)))
+        client, _ = clients.receive()
+        clients.send(client, EngineFailed(str(error) or type(error).__name__))
         zmq.Context.instance().destroy(linger=5000)
         return 1
     on_gpu = config.device != "cpu" and torch.cuda.is_available()
-    EngineLoop(engine, socket, step_limit_s=STEP_LIMIT_S["cuda" if on_gpu else "cpu"]).run()
+    EngineLoop(engine, clients, step_limit_s=STEP_LIMIT_S["cuda" if on_gpu else "cpu"]).run()
     zmq.Context.instance().destroy(linger=1000)
     return 0
 

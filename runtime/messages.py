@@ -10,6 +10,14 @@ from enum import IntEnum
 
 import msgspec
 
+CLIENT_SHIFT = 40
+"""A request's id is its client's number, shifted by so many bits, and the client's own count."""
+
+
+def routing_id(client: int) -> bytes:
+    """By which an engine's socket knows a client; one that begins with a zero is ZeroMQ's own."""
+    return b"c" + client.to_bytes(4, "big")
+
 
 class FinishReason(IntEnum):
     """Why a sequence ended. The numbers are those of zllm.v1.FinishReason, and -1."""
@@ -57,11 +65,15 @@ class Stopping(msgspec.Struct, frozen=True, array_like=True):
     """Seconds after arrival; 0: none."""
 
 
+class Attach(_Message, frozen=True, tag="attach"):
+    """A client's first message; EngineReady or EngineFailed answers it, once that is known."""
+
+
 class AddRequest(_Message, frozen=True, tag="add"):
     """A request that passed validation."""
 
     request_id: int
-    """Unsigned 63 bits, unique among live requests of this engine."""
+    """63 bits as CLIENT_SHIFT says, unique among live requests of this engine."""
     prompt: bytes
     """int32 token ids, at least one."""
     sampling: Sampling
@@ -105,7 +117,7 @@ class ModelCard(msgspec.Struct, frozen=True, array_like=True):
 
 
 class EngineReady(_Message, frozen=True, tag="ready"):
-    """The engine's first message: it listens, and this is what it serves."""
+    """The engine's first message to a client: this is what it serves."""
 
     max_model_len: int
     max_num_batched_tokens: int
@@ -226,5 +238,5 @@ class Heartbeat(_Message, frozen=True, tag="heartbeat"):
     stats: EngineStats = EngineStats()
 
 
-ToEngine = AddRequest | AbortRequests | FlushCache | Shutdown
+ToEngine = Attach | AddRequest | AbortRequests | FlushCache | Shutdown
 FromEngine = EngineReady | EngineFailed | StepOutput | CacheFlushed | Heartbeat

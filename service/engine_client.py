@@ -13,8 +13,10 @@ import numpy as np
 
 from zllm.errors import ConfigError, InvalidRequest, Overloaded, Unavailable
 from zllm.runtime.messages import (
+    CLIENT_SHIFT,
     AbortRequests,
     AddRequest,
+    Attach,
     CacheFlushed,
     EngineFailed,
     EngineReady,
@@ -26,6 +28,7 @@ from zllm.runtime.messages import (
     Shutdown,
     StepOutput,
     ToEngine,
+    routing_id,
 )
 from zllm.service.engine_socket import EngineSocket
 from zllm.service.estimates import FirstTokenEstimate, QueueEstimate
@@ -40,16 +43,23 @@ _encode = msgspec.msgpack.Encoder().encode
 
 
 class EngineClient:
-    """`on_health` hears True when the engine answers and False when it is silent or dead."""
+    """`on_health` hears True when the engine answers and False when it is silent or dead. No two
+    clients of an engine may ever have the same `number`."""
 
     def __init__(
-        self, address: str, *, timeout: float, on_health: Callable[[bool], None] | None = None
+        self,
+        address: str,
+        *,
+        timeout: float,
+        number: int = 0,
+        on_health: Callable[[bool], None] | None = None,
     ) -> None:
-        self._socket = EngineSocket(address)
+        self.address = address
+        self._socket = EngineSocket(address, routing_id(number))
         self._timeout = timeout
         self.on_health = on_health
         self._streams: dict[int, Stream] = {}
-        self._next_id = 1
+        self._next_id = (number << CLIENT_SHIFT) + 1
         self._last_heard = 0.0
         self._healthy = False
         self._lost: str | None = None
@@ -67,6 +77,7 @@ class EngineClient:
         """Waits for the engine's first message. Raises ConfigError with the engine's own words."""
         self._first = asyncio.get_running_loop().create_future()
         self._socket.listen(self._hear)
+        self._send(Attach())
         message = await self._first
         if isinstance(message, EngineFailed):
             raise ConfigError(message.message)
@@ -80,6 +91,11 @@ class EngineClient:
     @property
     def healthy(self) -> bool:
         return self._healthy
+
+    @property
+    def lost(self) -> str | None:
+        """Why it is not healthy, once it was lost."""
+        return self._lost
 
     @property
     def live_streams(self) -> int:
@@ -121,6 +137,8 @@ class EngineClient:
         for stream in self._streams.values():
             stream.fail(Unavailable(why))
         self._streams.clear()
+        if self._first is not None and not self._first.done():
+            self._first.set_exception(ConfigError(why))
         while self._flushes:
             waiting = self._flushes.popleft()
             if not waiting.done():
@@ -164,7 +182,7 @@ class EngineClient:
         self._send(Shutdown())
 
     async def close(self) -> None:
-        """Stops listening. An engine that still talks would wait for a listener for ever."""
+        """Stops listening, for good."""
         if self._watcher is not None:
             self._watcher.cancel()
             with suppress(asyncio.CancelledError):

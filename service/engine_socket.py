@@ -19,9 +19,10 @@ MAX_MESSAGES = 256
 class EngineSocket:
     """What is sent before anyone listens waits in line, without bound."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, routing_id: bytes) -> None:
         self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.PAIR)
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.set(zmq.ROUTING_ID, routing_id)
         self._socket.set(zmq.SNDHWM, 0)
         self._socket.connect(address)
         self._descriptor = int(self._socket.get(zmq.FD))

@@ -223,9 +223,7 @@ class EngineThread:
 
     def _run(self) -> None:
         context = zmq.Context()
-        socket = context.socket(zmq.PAIR)
-        socket.bind(self.address)
-        EngineLoop(self.engine, socket, step_limit_s=0.5).run()
+        EngineLoop(self.engine, bind(self.address, context), step_limit_s=0.5).run()
         context.destroy(linger=0)
 
     def join(self) -> None:

@@ -40,7 +40,7 @@ NO_MESSAGE = b"\xc1"
 def raw_engine(tmp_path: Path) -> Iterator[zmq.Socket[bytes]]:
     """An engine's end of the socket, for a test to speak through."""
     context = zmq.Context()
-    socket = context.socket(zmq.PAIR)
+    socket = context.socket(zmq.DEALER)
     socket.bind(f"ipc://{tmp_path}/engine.sock")
     yield socket
     context.destroy(linger=0)

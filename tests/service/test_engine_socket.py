@@ -18,7 +18,7 @@ class Peer:
 
     def __init__(self, address: str) -> None:
         self.context = zmq.Context()
-        self.socket = self.context.socket(zmq.PAIR)
+        self.socket = self.context.socket(zmq.DEALER)
         self.socket.set(zmq.SNDHWM, 0)
         self.socket.set(zmq.RCVTIMEO, 5000)
         self.socket.bind(address)
@@ -48,7 +48,7 @@ class Heard:
 @pytest.fixture
 async def pair(tmp_path: Path) -> AsyncIterator[tuple[Peer, EngineSocket, Heard]]:
     address = f"ipc://{tmp_path}/engine.sock"
-    peer, socket = Peer(address), EngineSocket(address)
+    peer, socket = Peer(address), EngineSocket(address, b"test")
     yield peer, socket, Heard()
     socket.close()
     peer.context.destroy(linger=0)
