@@ -17,7 +17,7 @@ from zllm.service.config import ServerConfig
 from zllm.service.engines import Engines
 from zllm.service.model_folders import MODEL_NAME, find_folder
 from zllm.service.rpc import Context
-from zllm.service.served_model import ServedModel
+from zllm.service.served_model import RunningModel
 from zllm.service.validation import Check
 from zllm.v1 import admin_pb2
 
@@ -30,10 +30,10 @@ class Front(Protocol):
     """What AdminService asks of whoever takes users' requests."""
 
     @property
-    def models(self) -> Sequence[ServedModel]: ...
+    def models(self) -> Sequence[RunningModel]: ...
     @property
     def draining(self) -> bool: ...
-    def abort(self, request_ids: Iterable[str] | None) -> list[str]: ...
+    async def abort(self, request_ids: Iterable[str] | None) -> list[str]: ...
     async def drain(self, grace: float) -> int: ...
 
 
@@ -90,7 +90,7 @@ class AdminService:
     async def AbortRequests(
         self, request: admin_pb2.AbortRequestsRequest, context: Context
     ) -> admin_pb2.AbortRequestsResponse:
-        aborted = self._front.abort(None if request.all else request.request_ids)
+        aborted = await self._front.abort(None if request.all else request.request_ids)
         return admin_pb2.AbortRequestsResponse(aborted_request_ids=aborted)
 
     async def Drain(
@@ -159,7 +159,7 @@ class AdminService:
     def _loads(self) -> list[admin_pb2.Load]:
         return [self._load(model) for model in self._front.models]
 
-    def _load(self, model: ServedModel) -> admin_pb2.Load:
+    def _load(self, model: RunningModel) -> admin_pb2.Load:
         load = model.engine.load
         prefix_hit_rate, tokens_per_second = model.engine.window()
         return admin_pb2.Load(

@@ -29,11 +29,14 @@ _NO_DIGEST = bytes(32)
 
 
 class ApiKeys:
-    """Raises ConfigError where the file is not as it should be."""
+    """Raises ConfigError where the file is not as it should be. Of `parts` that do not know of each
+    other, each lets in its part of what the file allows."""
 
-    def __init__(self, file: str) -> None:
+    def __init__(self, file: str, *, parts: int = 1) -> None:
         self._usage: dict[bytes, Usage] = {}
-        self._grants = Reloading(lambda: load_keys(file), [file])
+        self._grants = Reloading(
+            lambda: {key: grant.divided(parts) for key, grant in load_keys(file).items()}, [file]
+        )
 
     def caller(self, metadata: Mapping[str, str | bytes]) -> Caller:
         """Who sends this call. Raises Unauthenticated, which does not say how near a key was."""

@@ -30,6 +30,8 @@ class ServerConfig:
     """Where traces go, as http://HOST:PORT of an OTLP collector's gRPC; empty: nowhere."""
     stats_interval: float = 10.0
     """Seconds between two lines on what the engines do, while they have work; 0: none."""
+    frontends: int = 1
+    """Processes that share the port; with more than one, a supervisor leads them."""
     reflection: bool | None = None
     """None: only where `host` is loopback."""
     tls_cert: str = ""
@@ -88,6 +90,8 @@ class ServerConfig:
             value = getattr(self, name)
             if not value > 0:
                 raise ConfigError(f"{name} is {value}: it must be above 0 s")
+        if not 1 <= self.frontends <= 64:
+            raise ConfigError(f"frontends is {self.frontends}: it must be in 1..64")
         if self.max_restarts < 0:
             raise ConfigError(f"max_restarts is {self.max_restarts}: it must be 0 or more")
         if self.max_prompt_tokens < 0:

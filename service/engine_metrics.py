@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 
 from prometheus_client.core import (
@@ -14,7 +14,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from zllm.runtime.messages import EngineStats, Histogram, Load
-from zllm.service.served_model import Models
+from zllm.service.served_model import RunningModel
 
 _LABELS = ["model_name"]
 
@@ -23,16 +23,22 @@ class EngineMetrics(Collector):
     """Counters begin anew with a new engine, as Prometheus expects of a process. Gauges of an
     engine that does not answer are absent: nobody knows them."""
 
-    def __init__(self, models: Models) -> None:
+    def __init__(self, models: Callable[[], Sequence[RunningModel]]) -> None:
         self._models = models
 
     def collect(self) -> Iterator[Metric]:
-        # Asked from the exporter's thread, while the event loop may change what is served.
-        engines = [(name, model.engine) for name, model in list(self._models.by_name.items())]
+        models = self._models()
+        engines = [(model.name, model.engine) for model in models]
         up = GaugeMetricFamily("zllm:engine_up", "1 while the engine answers.", labels=_LABELS)
         for name, engine in engines:
             up.add_metric([name], engine.healthy)
         yield up
+        restarts = CounterMetricFamily(
+            "zllm:engine_restarts", "Engines that took the place of a lost one.", labels=_LABELS
+        )
+        for model in models:
+            restarts.add_metric([model.name], model.restarts)
+        yield restarts
         yield from _gauges([(name, engine.load) for name, engine in engines if engine.healthy])
         yield from _counters([(name, engine.load) for name, engine in engines])
         yield from _histograms([(name, engine.stats) for name, engine in engines])

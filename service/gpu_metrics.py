@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from zllm.service.served_model import Models
+from zllm.service.served_model import RunningModel
 
 log = logging.getLogger(__name__)
 
@@ -17,13 +17,13 @@ log = logging.getLogger(__name__)
 class GpuMetrics(Collector):
     """Without a GPU there are no such metrics."""
 
-    def __init__(self, models: Models) -> None:
+    def __init__(self, models: Callable[[], Sequence[RunningModel]]) -> None:
         self._models = models
         self._nvml: Any = None
         self._looked = False
 
     def collect(self) -> Iterator[Metric]:
-        gpus = {model.engine.gpu for model in list(self._models.by_name.values())} - {""}
+        gpus = {model.engine.gpu for model in self._models()} - {""}
         if not gpus:
             return
         if not self._looked:

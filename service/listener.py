@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
 
 import grpc
@@ -29,9 +30,11 @@ def make_listener(
     services: Sequence[tuple[ServiceDescriptor, object]],
     keys: ApiKeys | None = None,
     observers: Sequence[Observer] = (),
+    *,
+    shares_port: bool = False,
 ) -> grpc.aio.Server:
     """A server with these services that does not listen yet. `observers` hear of users' calls."""
-    server = grpc.aio.server(options=_options(config))
+    server = grpc.aio.server(options=_options(config, shares_port=shares_port))
     for descriptor, servicer in services:
         if descriptor.full_name in USER_SERVICES:
             add_service(server, descriptor, servicer, keys, observers)
@@ -58,18 +61,41 @@ def listen(
         else:
             bound = server.add_secure_port(address, credentials)
     except RuntimeError as error:
-        raise ConfigError(
-            f"cannot listen on {address}: it is taken or not this machine's; "
-            f"choose another with {flag}, or 0 for a free one"
-        ) from error
+        raise _taken(address, flag) from error
     return int(bound)
+
+
+def hold_port(host: str, port: int) -> socket.socket:
+    """Binds the port without listening, so that frontends may share it and nobody else takes it.
+    Raises ConfigError where somebody else listens there."""
+    bare = host.removeprefix("[").removesuffix("]")
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(bare, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as alone:
+            # Not shared yet: this fails where another server listens, even one that shares.
+            alone.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            alone.bind(address)
+            address = alone.getsockname()
+        held = socket.socket(family, kind)
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        held.bind(address)
+    except OSError as error:
+        raise _taken(join_address(host, port), "--port") from error
+    return held
 
 
 def join_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
 
 
-def _options(config: ServerConfig) -> list[tuple[str, int]]:
+def _taken(address: str, flag: str) -> ConfigError:
+    return ConfigError(
+        f"cannot listen on {address}: it is taken or not this machine's; "
+        f"choose another with {flag}, or 0 for a free one"
+    )
+
+
+def _options(config: ServerConfig, *, shares_port: bool) -> list[tuple[str, int]]:
     return [
         ("grpc.max_receive_message_length", config.max_message_bytes),
         ("grpc.max_send_message_length", -1),
@@ -82,8 +108,9 @@ def _options(config: ServerConfig) -> list[tuple[str, int]]:
         # The first is where refusals by chance would begin; both at one value refuse none below.
         ("grpc.max_metadata_size", config.max_metadata_bytes),
         ("grpc.absolute_max_metadata_size", config.max_metadata_bytes),
-        # A second server on the same port is an error, not a silent half of the traffic.
-        ("grpc.so_reuseport", 0),
+        # But for frontends of one server, a second one on the same port is an error, not a silent
+        # half of the traffic.
+        ("grpc.so_reuseport", int(shares_port)),
         # Notices clients that vanished without a word; tolerates clients that ping.
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),

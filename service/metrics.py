@@ -80,21 +80,18 @@ class Metrics:
         self._refused = self._counter(
             "requests_refused", "Requests not let in, by why.", "reason", REFUSALS
         )
-        self._restarts = self._counter(
-            "engine_restarts", "Engines that took the place of a lost one."
-        )
         self._rpcs = Counter(
             "zllm:rpc_requests", "Rpcs that ended, by gRPC's status code.", ["method", "code"],
             registry=self.registry,
         )  # fmt: skip
-        self.registry.register(EngineMetrics(models))
-        self.registry.register(GpuMetrics(models))
+        # Asked from the exporter's thread, while the event loop may change what is served.
+        self.registry.register(EngineMetrics(lambda: list(models.by_name.values())))
+        self.registry.register(GpuMetrics(lambda: list(models.by_name.values())))
         ProcessCollector(registry=self.registry)
 
     def model_ready(self, name: str) -> None:
         """A model is served from now on, or its engine has been replaced."""
         if name in self._known:
-            self._restarts.labels(name).inc()
             return
         self._known.add(name)
         # All at zero from the start: a series that appears with its first event hides that event

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from zllm.errors import ConfigError
 from zllm.runtime.config import EngineConfig
@@ -19,7 +19,7 @@ MAX_BACKOFF_S = 60.0
 STEADY_S = 60.0
 """An engine that served for so long has recovered: its failures are counted anew."""
 
-Add = Callable[[EngineReady, EngineClient], None]
+Add = Callable[[EngineReady, EngineClient], Awaitable[None]]
 
 
 class KeptEngine:
@@ -50,10 +50,13 @@ class KeptEngine:
         """Returns when the engine serves. Raises ConfigError with what it said."""
         async with self._loading:
             self._process = process = EngineProcess(
-                self._config, timeout=self._server.engine_timeout, command=self._command
+                self._config,
+                timeout=self._server.engine_timeout,
+                keep_socket=self._server.frontends > 1,
+                command=self._command,
             )
             ready = await process.start(self._server.load_timeout)
-        self._add(ready, process.client)
+        await self._add(ready, process.client)
         return ready
 
     async def keep(self) -> str:

@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
-from zllm.errors import ConfigError
 from zllm.runtime.config import EngineConfig
 from zllm.service.admin import AdminService
 from zllm.service.admin_server import AdminServer
-from zllm.service.calls import Observer
 from zllm.service.config import ServerConfig
 from zllm.service.engines import Engines
+from zllm.service.event_loop import run_on_loop, spare_garbage_collection
 from zllm.service.exporter import Exporter
+from zllm.service.frontends import Frontends
 from zllm.service.listener import join_address
 from zllm.service.logs import Logs
-from zllm.service.request_log import RequestLog
+from zllm.service.observers import observing
 from zllm.service.server import Server
 from zllm.service.stats_log import StatsLog
 from zllm.service.supervisor import ENGINE_COMMAND
-
-if TYPE_CHECKING:
-    from zllm.service.tracing import Traces
 
 log = logging.getLogger(__name__)
 
@@ -46,12 +41,7 @@ def run(
 ) -> int:
     """Serves until SIGTERM or SIGINT. Returns the exit code; raises ConfigError at start-up."""
     with Logs(server):
-        serving = serve(server, models, template, version=version, command=command)
-        try:
-            import uvloop
-        except ImportError:
-            return asyncio.run(serving)
-        return uvloop.run(serving)
+        return run_on_loop(serve(server, models, template, version=version, command=command))
 
 
 def _say(line: str) -> None:
@@ -59,14 +49,6 @@ def _say(line: str) -> None:
     when a buffer would be flushed at its exit."""
     with suppress(OSError):
         os.write(sys.stdout.fileno(), f"{line}\n".encode())
-
-
-def spare_garbage_collection() -> None:
-    """What was loaded stays: it is never looked through again, and young objects more rarely. With
-    CPython's own thresholds the collector shows in a busy service's profile (decision 038)."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000, 50, 50)
 
 
 async def serve(
@@ -79,20 +61,33 @@ async def serve(
     command: Sequence[str] = ENGINE_COMMAND,
 ) -> int:
     """`template` is what engines that are loaded later are told, apart from their model."""
+    names = [model.served_model_name for model in models]
+    say(f"zllm {version}")
+    if config.frontends > 1:
+        front = Frontends(config, version=version, awaits=names)
+        return await _serve(config, front, models, template, version, say, command)
+    # One frontend is in this process: no supervisor, no hop.
+    async with observing(config, version) as observers:
+        server = Server(config, awaits=names, observers=observers)
+        return await _serve(config, server, models, template, version, say, command)
+
+
+async def _serve(
+    config: ServerConfig,
+    server: Server | Frontends,
+    models: Sequence[EngineConfig],
+    template: EngineConfig,
+    version: str,
+    say: Callable[[str], None],
+    command: Sequence[str],
+) -> int:
     stop, hurry = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, lambda: (hurry if stop.is_set() else stop).set())
-    say(f"zllm {version}")
-    names = [model.served_model_name for model in models]
-    observers: list[Observer] = [RequestLog(config.log_prompts)]
-    traces = _traces(config, version)
-    if traces is not None:
-        observers.append(traces)
-    server = Server(config, awaits=names, observers=observers)
     engines = Engines(config, server, say=say, command=command)
     admin = AdminServer(config, AdminService(config, version, server, engines, template))
-    exporter = Exporter(config, server.metrics.registry)
+    exporter = Exporter(config, server.registry)
     stopping = asyncio.create_task(stop.wait())
     stats = asyncio.create_task(StatsLog(lambda: server.models).run(config.stats_interval))
     try:
@@ -120,21 +115,7 @@ async def serve(
         await server.stop(config.shutdown_grace if engines.healthy else 0.0, hurry)
         await admin.stop()
         await exporter.stop()
-        if traces is not None:
-            await traces.stop()
         await engines.stop()
-
-
-def _traces(config: ServerConfig, version: str) -> Traces | None:
-    if not config.otlp_endpoint:
-        return None
-    try:
-        from zllm.service.tracing import Traces
-    except ImportError as error:
-        raise ConfigError(
-            f"otlp_endpoint needs OpenTelemetry ({error}): pip install 'zllm[tracing]'"
-        ) from None
-    return Traces.to(config.otlp_endpoint, version)
 
 
 async def _until_stopped(engines: Engines, stopping: asyncio.Task[bool]) -> int:

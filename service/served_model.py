@@ -12,15 +12,17 @@ from zllm.service.engine_client import EngineClient
 from zllm.v1 import models_pb2
 
 
-@dataclass(frozen=True)
-class ServedModel:
+@dataclass(frozen=True, kw_only=True)
+class RunningModel:
+    """A model whose engine is ready."""
+
     name: str
     card: ModelCard
-    tokenizer: Tokenizer
-    chat_template: ChatTemplate | None
     engine: EngineClient
     max_context_tokens: int
     """The engine's limit, or the KV pool's where that is smaller."""
+    restarts: int = 0
+    """Engines that took the place of a lost one."""
 
     def to_message(self) -> models_pb2.Model:
         return models_pb2.Model(
@@ -31,6 +33,14 @@ class ServedModel:
             eos_token_ids=self.card.eos_token_ids,
             weight_format=self.card.weight_format,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedModel(RunningModel):
+    """With what turns its text into tokens and back."""
+
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate | None
 
 
 @dataclass

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import grpc
 from grpc_health.v1 import health_pb2
+from prometheus_client import CollectorRegistry
 
 from zllm.runtime.chat_template import ChatTemplate, load_chat_template
 from zllm.runtime.messages import EngineReady, FinishReason
@@ -55,7 +56,7 @@ class Server:
         self._generation = GenerationService(
             self._models, config.queue_timeout, config.max_prompt_tokens, slo=config.slo
         )
-        keys = ApiKeys(config.api_keys) if config.api_keys else None
+        keys = ApiKeys(config.api_keys, parts=config.frontends) if config.api_keys else None
         self._credentials: grpc.ServerCredentials | None = None
         if config.tls_cert:
             self._credentials = server_credentials(
@@ -66,13 +67,24 @@ class Server:
             (models_pb2.DESCRIPTOR.services_by_name["ModelService"], ModelService(self._models)),
             (health_pb2.DESCRIPTOR.services_by_name["Health"], self._health.servicer),
         ]
-        self._listener = make_listener(config, services, keys, [self.metrics, *observers])
+        self._listener = make_listener(
+            config,
+            services,
+            keys,
+            [self.metrics, *observers],
+            shares_port=config.frontends > 1,
+        )
         self.port = 0
 
     @property
     def models(self) -> Sequence[ServedModel]:
         """Those whose engine has been ready, in the order of their loading."""
         return list(self._models.by_name.values())
+
+    @property
+    def registry(self) -> CollectorRegistry:
+        """Its metrics."""
+        return self.metrics.registry
 
     @property
     def draining(self) -> bool:
@@ -93,9 +105,10 @@ class Server:
             lambda: (load_tokenizer(folder), load_chat_template(folder))
         )
 
-    def add(self, name: str, ready: EngineReady, engine: EngineClient) -> None:
+    async def add(self, name: str, ready: EngineReady, engine: EngineClient) -> None:
         """Serves this model, which was expected, or an engine in place of its last one."""
         tokenizer, chat_template = self._texts[name]
+        last = self._models.by_name.get(name)
         self._models.add(
             ServedModel(
                 name=name,
@@ -104,6 +117,7 @@ class Server:
                 chat_template=chat_template,
                 engine=engine,
                 max_context_tokens=ready.max_model_len,
+                restarts=last.restarts + 1 if last is not None else 0,
             )
         )
         self.metrics.model_ready(name)
@@ -130,7 +144,7 @@ class Server:
         self._leaving.discard(engine)
         self.metrics.model_gone(name)
 
-    def abort(self, request_ids: Iterable[str] | None) -> list[str]:
+    async def abort(self, request_ids: Iterable[str] | None) -> list[str]:
         """Ends these requests, or all; returns those that were waiting or running."""
         return self._generation.abort(request_ids)
 

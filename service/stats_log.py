@@ -7,13 +7,13 @@ import logging
 from collections.abc import Callable, Sequence
 
 from zllm.runtime.messages import Load
-from zllm.service.served_model import ServedModel
+from zllm.service.served_model import RunningModel
 
 log = logging.getLogger(__name__)
 
 
 class StatsLog:
-    def __init__(self, models: Callable[[], Sequence[ServedModel]]) -> None:
+    def __init__(self, models: Callable[[], Sequence[RunningModel]]) -> None:
         self._models = models
         self._last: dict[str, Load] = {}
 

@@ -1,7 +1,8 @@
 """Starts an engine's process, waits for it, and notices its death.
 
 The engine listens on a unix socket in a directory of mode 0700. Once both ends have met, the
-socket's name is removed: nobody else can connect, and nothing is left behind by a kill -9.
+socket's name is removed: nobody else can connect, and nothing is left behind by a kill -9. Several
+frontends need the name for as long as one of them may be replaced.
 """
 
 from __future__ import annotations
@@ -27,10 +28,16 @@ STOP_S = 5.0
 
 
 class EngineProcess:
-    """One model's engine and the client to it."""
+    """One model's engine and the client to it. With `keep_socket`, other processes may become
+    clients for as long as it runs."""
 
     def __init__(
-        self, config: EngineConfig, *, timeout: float, command: Sequence[str] = ENGINE_COMMAND
+        self,
+        config: EngineConfig,
+        *,
+        timeout: float,
+        keep_socket: bool = False,
+        command: Sequence[str] = ENGINE_COMMAND,
     ) -> None:
         self._config = config
         self._command = command
@@ -44,6 +51,7 @@ class EngineProcess:
         address = f"ipc://{self._directory}/engine.sock"
         self._address = address
         self._timeout = timeout
+        self._keep_socket = keep_socket
         self._process: asyncio.subprocess.Process | None = None
         self._watch: asyncio.Task[None] | None = None
         self.client = EngineClient(address, timeout=timeout)
@@ -63,7 +71,8 @@ class EngineProcess:
         except (ConfigError, asyncio.CancelledError):
             await self.stop()
             raise
-        shutil.rmtree(self._directory, ignore_errors=True)
+        if not self._keep_socket:
+            shutil.rmtree(self._directory, ignore_errors=True)
         self._watch = asyncio.create_task(self._await_death())
         return report
 
@@ -105,7 +114,7 @@ class EngineProcess:
             if ready.done():
                 return ready.result()
             raise ConfigError(
-                f"the engine's process ended with {_exit_words(died.result())} while loading; "
+                f"the engine's process ended with {exit_words(died.result())} while loading; "
                 "its own output above says why"
             )
         finally:
@@ -118,7 +127,7 @@ class EngineProcess:
         if self._process is None:
             raise ConfigError("the engine's process was not started")
         code = await self._process.wait()
-        return f"the engine's process ended with {_exit_words(code)}"
+        return f"the engine's process ended with {exit_words(code)}"
 
     async def until_lost(self) -> str:
         """Until the engine is dead, or silent for twice its timeout; returns how it went."""
@@ -163,5 +172,6 @@ class EngineProcess:
         self.client.bury(await self.wait())
 
 
-def _exit_words(code: int) -> str:
+def exit_words(code: int) -> str:
+    """How a process ended, by asyncio's returncode."""
     return f"signal {-code}" if code < 0 else f"exit code {code}"

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from zllm.errors import Forbidden, Overloaded
 from zllm.service.served_model import Models, ServedModel
@@ -21,6 +21,15 @@ class Grant:
     tokens_per_minute: int | None = None
     """Of prompts and outputs together."""
     models: frozenset[str] | None = None
+
+    def divided(self, parts: int) -> Grant:
+        """Each part's even share of the limits, and at least 1."""
+        requests, tokens = self.max_concurrent_requests, self.tokens_per_minute
+        return replace(
+            self,
+            max_concurrent_requests=None if requests is None else max(requests // parts, 1),
+            tokens_per_minute=None if tokens is None else max(tokens // parts, 1),
+        )
 
 
 @dataclass

@@ -54,6 +54,7 @@ HELP = {
     "metrics": "serve Prometheus metrics",
     "metrics_host": "address of the metrics' listener",
     "metrics_port": "port of the metrics' listener; 0 takes a free one",
+    "frontends": "service processes that share the port; for more than one core's streams",
     "reflection": "answer gRPC reflection; default: only on loopback",
     "tls_cert": "PEM file of the server's certificate chain; read anew when it changes",
     "tls_key": "PEM file of the certificate's key",

@@ -89,7 +89,7 @@ async def running(
         await server.start()
         await admin_server.start()
         await server.expect("stub", EMBEDDED_MODEL)
-        server.add("stub", ready, client)
+        await server.add("stub", ready, client)
         channel = grpc.aio.insecure_channel(f"127.0.0.1:{server.port}")
         admin_channel = grpc.aio.insecure_channel(f"127.0.0.1:{admin_server.port}")
         stack.push_async_callback(admin_channel.close)

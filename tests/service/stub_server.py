@@ -29,15 +29,24 @@ STUB = Path(__file__).parent / "stub_engine.py"
 
 def engines() -> list[psutil.Process]:
     """Those that this process started and that live, the first started first."""
-    found = [process for process in psutil.Process().children() if _is_engine(process)]
+    return _children("engine.sock")
+
+
+def frontends() -> list[psutil.Process]:
+    """Likewise."""
+    return _children("zllm.service.frontend_process")
+
+
+def _children(word: str) -> list[psutil.Process]:
+    found = [process for process in psutil.Process().children() if word in _command(process)]
     return sorted(found, key=lambda process: process.create_time())
 
 
-def _is_engine(process: psutil.Process) -> bool:
+def _command(process: psutil.Process) -> str:
     try:
-        return "engine.sock" in " ".join(process.cmdline())
+        return " ".join(process.cmdline())
     except psutil.NoSuchProcess:  # it has just ended
-        return False
+        return ""
 
 
 @dataclass

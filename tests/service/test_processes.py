@@ -125,7 +125,10 @@ def ask(target: str, question: str, model: str = "") -> str:
 def is_gone(process: psutil.Process) -> bool:
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
-        if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+        try:
+            if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+                return True
+        except psutil.NoSuchProcess:  # between the two looks
             return True
         time.sleep(0.02)
     return False
