@@ -19,9 +19,11 @@ from tests.service.test_processes import ask, copy_model, edit_json, is_gone
 from tests.service.test_processes import serving as serving_command
 from zllm.clients.aio import AsyncClient
 from zllm.clients.client import Client
-from zllm.errors import InvalidRequest, Unavailable, UnknownModel
+from zllm.errors import ConfigError, InvalidRequest, Unavailable, UnknownModel
+from zllm.runtime.config import EngineConfig
 from zllm.runtime.embedded import EMBEDDED_MODEL
 from zllm.service.model_folders import find_folder
+from zllm.service.supervisor import EngineProcess
 from zllm.v1 import admin_pb2, admin_pb2_grpc
 
 STUCK = """
@@ -129,15 +131,11 @@ def test_a_model_that_fails_to_load_says_why_and_leaves_nothing(tmp_path: Path) 
 
 
 async def test_a_model_that_never_ends_to_load_is_ended() -> None:
-    async with (
-        serving(STUCK_COMMAND, load_timeout=1.0) as served,
-        administering(served) as (admin, _),
-    ):
-        code, words = await refusal(admin.LoadModel(load_request("stuck")))
-        assert code is grpc.StatusCode.FAILED_PRECONDITION
-        assert "load-timeout" in words
-        await until_engines(1)
-        await answers(served.target)
+    config = EngineConfig(model=EMBEDDED_MODEL, served_model_name="stuck")
+    engine = EngineProcess(config, timeout=60, command=STUCK_COMMAND)
+    with pytest.raises(ConfigError, match="--load-timeout"):
+        await engine.start(load_timeout=0.5)
+    assert not engines()
 
 
 async def test_a_caller_that_leaves_ends_the_loading() -> None:
