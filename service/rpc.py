@@ -125,8 +125,15 @@ def _answering(
         except grpc.aio.InternalError as error:
             # Nor can its status be sent: it did leave.
             raise asyncio.CancelledError from error
+        except grpc.aio.AbortError as aborted:
+            # gRPC keeps it in a circle with the call: what led to it, down to the request's bytes,
+            # would stay until a full garbage collection.
+            aborted.__context__ = None
+            raise aborted.with_traceback(None) from None
         finally:
             call.end()
+            call.error = None
+            del call, data
 
     return answer
 
