@@ -132,7 +132,7 @@ def _answering(
             raise aborted.with_traceback(None) from None
         finally:
             call.end()
-            call.error = None
+            call.error = call.stream = None  # the stream tells the call of its first token
             del call, data
 
     return answer
