@@ -22,8 +22,9 @@ from zllm.runtime import engine_process, messages
 try:
     os.close(os.open({mark!r}, os.O_CREAT | os.O_EXCL))
 except FileExistsError:
-    socket = engine_process.bind(sys.argv[-1])
-    socket.send(engine_process._encode(messages.EngineFailed("cannot read " + {secret!r})))
+    clients = engine_process.bind(sys.argv[-1])
+    client, _ = clients.receive()
+    clients.send(client, messages.EngineFailed("cannot read " + {secret!r}))
     zmq.Context.instance().destroy(linger=5000)
     sys.exit(1)
 runpy.run_path({stub!r}, run_name="__main__")
