@@ -1,4 +1,4 @@
-"""The real command with the embedded model: what its queue and its deadlines refuse."""
+"""The real command with the embedded model: what its queue refuses."""
 
 from __future__ import annotations
 
@@ -35,22 +35,4 @@ def test_uncached_tokens_fill_the_queue_and_cached_ones_do_not() -> None:
         assert len(refused) == 3
         for call in refused:
             assert int(dict(call.trailing_metadata())["grpc-retry-pushback-ms"]) > 0
-        served.until_idle()
-
-
-def test_with_slo_a_deadline_behind_a_queue_is_refused() -> None:
-    with (
-        serving("--max-num-seqs", "1", "--slo") as served,
-        grpc.insecure_channel(served.target) as channel,
-    ):
-        stub = generation_pb2_grpc.GenerationServiceStub(channel)
-        queue = [stub.Generate.future(request_of([1 + i], 100)) for i in range(40)]
-        for call in queue[:8]:
-            assert call.code() is grpc.StatusCode.OK
-        hasty = stub.Generate.future(request_of([99]), timeout=1.0)
-        assert hasty.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert "first token is expected in" in hasty.details()
-        patient = stub.Generate.future(request_of([99], max_tokens=1), timeout=120)
-        assert patient.code() is grpc.StatusCode.OK
-        assert all(call.code() is grpc.StatusCode.OK for call in queue)
         served.until_idle()
