@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from zllm.cuda.linear_plans import (
     skinny_plan,
     tall_plan,
 )
-from zllm.cuda.tensor_map import encode_boxes
+from zllm.cuda.tensor_map import TensorMaps
 from zllm.errors import KernelError
 
 _SKINNY = "linear_skinny.cu", "linear_skinny"
@@ -30,7 +30,6 @@ _TALL = "linear_wgmma.cu", "linear_wgmma"
 _SCALARS = {torch.bfloat16: "__nv_bfloat16", torch.float16: "__half"}
 _VECTOR = 8
 """Elements in the 16 bytes that one copy moves at least."""
-_MAX_MAPS = 4096
 
 
 class SkinnyLinear:
@@ -46,7 +45,7 @@ class SkinnyLinear:
         self._limit = min(SHARED_BYTES, properties.shared_memory_per_block_optin)
         self.max_rows = 64 if self._hopper else 16
         """Rows of x that `linear` takes."""
-        self._maps: dict[tuple[Any, ...], Any] = {}
+        self._maps = TensorMaps()
 
     def supports(self, m: int, n: int, k: int, dtype: torch.dtype, gated: bool = False) -> bool:
         """Whether [m, k] x [n, k]^T is computed here, and faster than by cuBLAS."""
@@ -92,12 +91,12 @@ class SkinnyLinear:
         macros = _macros(plan, x.dtype, norm is not None, residual is not None, gated)
         if isinstance(plan, Tall):
             kernel = self._library.get(*_TALL, macros)
-            x_map = self._map(x, (k, m), (k,), (plan.DEPTH, 8 * plan.ntiles))
+            x_map = self._maps.get(x, (k, m), (k,), (plan.DEPTH, 8 * plan.ntiles))
             if gated:
                 sizes, box = (k, 8, 2, n // 8), (plan.DEPTH, 8, 2, plan.rows // (2 * UNIT))
-                w_map = self._map(weight, sizes, (k, n * k, 8 * k), box)
+                w_map = self._maps.get(weight, sizes, (k, n * k, 8 * k), box)
             else:
-                w_map = self._map(weight, (k, n), (k,), (plan.DEPTH, plan.rows))
+                w_map = self._maps.get(weight, (k, n), (k,), (plan.DEPTH, plan.rows))
             blocks = plan.owners(self._library.num_sms) * plan.split
             shared_bytes = plan.shared_bytes
             args: tuple[Any, ...] = (x_map, w_map, out, residual, m, n, k)
@@ -141,17 +140,6 @@ class SkinnyLinear:
         if self._hopper and m > 8 and not (gated and n // 2 % UNIT):
             return tall_plan(m, n, k, self._library.num_sms, gated)
         return skinny_plan(m, n, self._library.num_sms).fit(self._limit)
-
-    def _map(
-        self, base: Tensor, sizes: Sequence[int], strides: Sequence[int], box: Sequence[int]
-    ) -> Any:
-        key = (base.data_ptr(), base.dtype, *sizes, *box)
-        found = self._maps.get(key)
-        if found is None:
-            if len(self._maps) >= _MAX_MAPS:
-                self._maps.clear()
-            found = self._maps[key] = encode_boxes(base, sizes, strides, box)
-        return found
 
     def _check_operands(self, x: Tensor, weight: Tensor, gated: bool) -> tuple[int, int]:
         for name, tensor in (("x", x), ("weight", weight)):

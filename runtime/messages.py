@@ -1,7 +1,7 @@
 """What service and engine say to each other: msgspec structs, in msgpack over ZeroMQ.
 
-Nothing here is ever unpickled. Every message is an array on the wire whose first item is its tag;
-flat numbers travel as the raw bytes of little-endian numpy arrays.
+Every message is an array on the wire whose first item is its tag, and decodes to plain data; flat
+numbers travel as the raw bytes of little-endian numpy arrays.
 """
 
 from __future__ import annotations

@@ -212,3 +212,22 @@ __device__ __forceinline__ void clear_values(u32 values, int valid) {
 #endif
   __syncwarp();
 }
+
+// Puts a warp's result where the thread block merges it: `partial` and `out` of its shared memory.
+template <typename Shared>
+__device__ __forceinline__ void publish(Shared& shared, const Accumulator& a) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const int head = n * 8 + 2 * t + c;
+      if (head >= GROUP) continue;
+      if (g == 0) shared.partial[warp][head] = {a.max[n][c], a.sum[n][c]};
+#pragma unroll
+      for (int d = 0; d < kSteps; ++d) {
+        shared.out[warp][head][out_element(d, g, false)] = a.out[d][n][c];
+        shared.out[warp][head][out_element(d, g, true)] = a.out[d][n][c + 2];
+      }
+    }
+}

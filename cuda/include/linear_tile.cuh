@@ -1,7 +1,8 @@
 // What the products with few rows ask of the machine beyond mma.cuh and async_copy.cuh: copies that
-// bring whole lines to L2, 16-byte reads, and the shared memory of a cluster's other blocks.
+// bring whole lines to L2, and 16-byte reads.
 #pragma once
 #include "async_copy.cuh"
+#include "cluster.cuh"
 #include "mma.cuh"
 
 // Copies 16 bytes to shared memory past L1, or writes zeros where `valid` is false.
@@ -58,52 +59,4 @@ template <typename T, typename V> __device__ __forceinline__ V product(V a, V b)
     reinterpret_cast<P*>(&out)[i] =
         __hmul2(reinterpret_cast<const P*>(&a)[i], reinterpret_cast<const P*>(&b)[i]);
   return out;
-}
-
-__device__ __forceinline__ u32 cluster_rank() {
-  u32 rank = 0;
-#if __CUDA_ARCH__ >= 900
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-#endif
-  return rank;
-}
-// Barrier of all threads of the cluster; what they wrote to shared memory is visible after it.
-__device__ __forceinline__ void sync_cluster() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
-                   : "memory");
-#endif
-}
-// The same barrier without the promise about memory, which would wait for stores to arrive: when all
-// that matters is that the other blocks have read what they came for.
-__device__ __forceinline__ void sync_cluster_relaxed() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" :::
-                   "memory");
-#endif
-}
-// What stands at `address` of this block's shared memory, in the block `rank` of the cluster.
-__device__ __forceinline__ float4 load_cluster(u32 address, u32 rank) {
-  float4 v{};
-#if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "{\n.reg .u32 there;\nmapa.shared::cluster.u32 there, %4, %5;\n"
-      "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];\n}"
-      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-      : "r"(address), "r"(rank)
-      : "memory");
-#endif
-  return v;
-}
-__device__ __forceinline__ float load_cluster_float(u32 address, u32 rank) {
-  float v = 0.f;
-#if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "{\n.reg .u32 there;\nmapa.shared::cluster.u32 there, %1, %2;\n"
-      "ld.shared::cluster.f32 %0, [there];\n}"
-      : "=f"(v)
-      : "r"(address), "r"(rank)
-      : "memory");
-#endif
-  return v;
 }

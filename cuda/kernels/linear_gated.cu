@@ -10,6 +10,7 @@
 // holds is then 8 neighbouring columns, of the gate and of the up projection.
 //
 // Macros: SCALAR.
+#include "cluster.cuh"
 #include "tensor_copy.cuh"
 #include "wgmma_wide.cuh"
 
@@ -82,22 +83,6 @@ __device__ __forceinline__ void store_tile(SCALAR* out, const Sums& sums, const 
 }
 
 #if __CUDA_ARCH_FEAT_SM90_ALL
-__device__ __forceinline__ u32 rank_in_cluster() {
-  u32 rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-__device__ __forceinline__ void sync_blocks() {
-  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-}
-// Arrives at the barrier of the same address in the cluster's thread block `rank`.
-__device__ __forceinline__ void barrier_arrive_at(u32 barrier, u32 rank) {
-  asm volatile(
-      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
-      "r"(rank)
-      : "memory");
-}
 // kPieces of W, permuted, for both thread blocks.
 __device__ __forceinline__ void copy_pieces(u32 to, const TensorMap& map, int column, int piece,
                                             u32 barrier) {
@@ -127,7 +112,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads,
   extern __shared__ __align__(1024) u8 memory[];
   const u32 ring = shared_address(memory);
   const u32 full = ring + kStages * kStage, empty = full + kStages * 8;
-  const u32 rank = rank_in_cluster();
+  const u32 rank = cluster_rank();
   if (threadIdx.x == 0) {
     for (int s = 0; s < kStages; ++s) {
       barrier_init(full + s * 8, 1);
@@ -135,7 +120,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads,
     }
     barrier_init_fence();
   }
-  sync_blocks();
+  sync_cluster();
   let_next_start();
   wait_for_previous();
 
@@ -204,6 +189,6 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads,
     }
   }
   __syncwarp();
-  sync_blocks();  // the other block may still copy to this one, or arrive at its barriers
+  sync_cluster();  // the other block may still copy to this one, or arrive at its barriers
 #endif
 }
