@@ -147,8 +147,8 @@ class CudaOps:
             v_scale=kv_scale,
         )
 
-    def take_rows(self, x: Tensor, index: Tensor) -> Tensor:
-        return embedding.take_rows(self._kernels, x, index)
+    def take_rows(self, x: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:
+        return embedding.take_rows(self._kernels, x, index, out=out)
 
     def _scale(self, cache: KVCache) -> Tensor | None:
         """What a float8 cache's entries are multiplied by. Keys are normalized and values small,

@@ -239,8 +239,8 @@ class CudaRunner:
         """From the arena to the hidden states of the sampled tokens. Launches only."""
         num_rows = num_tokens if decode_only else min(num_tokens, self._shape.max_rows)
         batch = self._step.prepare(num_tokens, num_rows, decode_only=decode_only)
-        hidden = self.model.forward(self._ops, batch, self._cache)
-        self._step.take_hidden(hidden, batch)
+        out = self._step.hidden[: len(batch.sample_tokens)]
+        self.model.forward(self._ops, batch, self._cache, out)
 
     def _head(self, size: int, *, edits: bool = False, max_logprobs: int = -1) -> Sampled:
         """From those hidden states to sampled tokens. Launches only."""

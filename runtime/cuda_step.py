@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from zllm.cuda import batch as batch_kernels
-from zllm.cuda import blocks, embedding, publish, sampler
+from zllm.cuda import blocks, publish, sampler
 from zllm.cuda.attention import PagedAttention
 from zllm.cuda.compiler import Program
 from zllm.cuda.launcher import KernelLibrary
@@ -90,11 +90,6 @@ class CudaStep:
             block_table=self._tables.block_table,
             work=work,
         )
-
-    def take_hidden(self, hidden: Tensor, batch: Batch) -> None:
-        """Keep the hidden states of the sampled tokens: [P, H] -> self.hidden[:S]."""
-        index = batch.sample_tokens
-        embedding.take_rows(self._kernels, hidden, index, out=self.hidden[: index.shape[0]])
 
     def sample(self, logits: Tensor, *, edits: bool = False, max_logprobs: int = -1) -> Sampled:
         """[S, V] -> the tokens of the first S samples, on the device and on their way to the host.

@@ -90,16 +90,20 @@ class LLM:
             raise InvalidRequest(
                 "sampling", f"{len(params)} for {len(many)} prompts: give one, or one for each"
             )
-        requests = [self._request(p, q) for p, q in zip(many, params, strict=True)]
-        outputs = [live.output for live, _ in requests]
+        ids = [self._token_ids(prompt, each) for prompt, each in zip(many, params, strict=True)]
+        outputs: list[RequestOutput] = []
+        room = self.engine.runner.max_num_batched_tokens
         try:
-            for live, request in requests:
+            for prompt, tokens, each in zip(many, ids, params, strict=True):
+                live, request = self._request(prompt, tokens, each)
+                outputs.append(live.output)
                 self._live[request.request_id] = live
                 self.engine.add(request)
+                room -= len(tokens)
+                if -len(tokens) < room <= 0:
+                    self._step()  # the first step is full: it runs while the rest is queued
             while self._live:
-                step = self.engine.step()
-                if step is not None:
-                    self._take(step)
+                self._step()
         finally:
             if self._live:  # interrupted or refused: nothing may go on behind the caller's back
                 self.engine.abort(list(self._live))
@@ -130,20 +134,20 @@ class LLM:
         """Release the device's memory."""
         self.engine.close()
 
-    def _request(self, prompt: Prompt, params: SamplingParams) -> tuple[_Live, AddRequest]:
-        ids = self._token_ids(prompt)
-        limit = self.engine.runner.max_model_len
-        if len(ids) >= limit:
-            raise InvalidRequest(
-                "prompt", f"has {len(ids)} tokens: the context holds {limit}, one of them new"
-            )
-        if params.stop and self.tokenizer is None:
-            raise InvalidRequest("stopping.stop_strings", "the model has no tokenizer")
+    def _step(self) -> None:
+        step = self.engine.step()
+        if step is not None:
+            self._take(step)
+
+    def _request(
+        self, prompt: Prompt, ids: npt.NDArray[np.int64], params: SamplingParams
+    ) -> tuple[_Live, AddRequest]:
         defaults, eos = self.model_config.sampling, self.model_config.eos_token_ids
         request_id, self._next_id = self._next_id, self._next_id + 1
         completion = CompletionOutput(logprobs=None if params.logprobs is None else [])
         text = prompt if isinstance(prompt, str) else None
-        output = RequestOutput(request_id, text, ids.tolist(), [completion])
+        given = prompt if isinstance(prompt, list) else ids.tolist()
+        output = RequestOutput(request_id, text, list(given), [completion])
         detokenizer = None
         if params.stop and self.tokenizer is not None:
             detokenizer = Detokenizer(
@@ -163,7 +167,7 @@ class LLM:
                 seed=secrets.randbits(64) if params.seed is None else params.seed,
             ),
             stopping=Stopping(
-                max_tokens=limit if params.max_tokens is None else params.max_tokens,
+                max_tokens=int(_first(params.max_tokens, self.engine.runner.max_model_len)),
                 min_tokens=params.min_tokens,
                 eos_token_ids=() if params.ignore_eos else eos,
                 stop_token_ids=tuple(params.stop_token_ids),
@@ -172,7 +176,10 @@ class LLM:
         )
         return _Live(output, completion, params, detokenizer), request
 
-    def _token_ids(self, prompt: Prompt) -> npt.NDArray[np.int64]:
+    def _token_ids(self, prompt: Prompt, params: SamplingParams) -> npt.NDArray[np.int64]:
+        """The prompt's ids, checked beside its parameters."""
+        if params.stop and self.tokenizer is None:
+            raise InvalidRequest("stopping.stop_strings", "the model has no tokenizer")
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise InvalidRequest("text", "the model has no tokenizer: send token ids")
@@ -185,6 +192,11 @@ class LLM:
         wrong = ids[(ids < 0) | (ids >= vocab)]
         if wrong.size:
             raise InvalidRequest("token_ids", f"{wrong[0]} is outside the vocabulary [0, {vocab})")
+        limit = self.engine.runner.max_model_len
+        if len(ids) >= limit:
+            raise InvalidRequest(
+                "prompt", f"has {len(ids)} tokens: the context holds {limit}, one of them new"
+            )
         return ids
 
     def _take(self, step: StepOutput) -> None:

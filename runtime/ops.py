@@ -173,6 +173,6 @@ class Ops(Protocol):
         tokens included."""
         ...
 
-    def take_rows(self, x: Tensor, index: Tensor) -> Tensor:
-        """[P, H], [S] -> [S, H]."""
+    def take_rows(self, x: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:
+        """[P, H], [S] -> [S, H], in `out` where it is given."""
         ...

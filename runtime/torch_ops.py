@@ -86,8 +86,8 @@ class TorchOps:
     ) -> Tensor:
         return attend(q, batch.work, cache, layer, scale)
 
-    def take_rows(self, x: Tensor, index: Tensor) -> Tensor:
-        return x.index_select(0, index)
+    def take_rows(self, x: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:
+        return torch.index_select(x, 0, index, out=out)
 
 
 def _rotation(cos_sin: Tensor, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -112,7 +112,7 @@ class TorchRunner:
         return _by_row(sampled, num_rows, np.flatnonzero(flags & layout.F_SAMPLE))
 
     def _sample(self, arena: Arena, batch: Batch, hidden: Tensor) -> Sampled:
-        logits = self.model.logits(self.ops, self.ops.take_rows(hidden, batch.sample_tokens))
+        logits = self.model.logits(self.ops, hidden)
         sampled = sample(
             logits,
             self.tables.params.index_select(0, batch.sample_rows),

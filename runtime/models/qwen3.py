@@ -78,13 +78,16 @@ class Qwen3:
         if not config.tie_word_embeddings:
             yield linear("head", hidden, ("lm_head.weight", config.vocab_size))
 
-    def forward(self, ops: Ops, batch: Batch, cache: KVCache) -> Tensor:
-        """The hidden states [P, H] of the step's tokens, before the last norm."""
+    def forward(self, ops: Ops, batch: Batch, cache: KVCache, out: Tensor | None = None) -> Tensor:
+        """The hidden states [S, H] of the sampled tokens, before the last norm; in `out` where it
+        is given."""
         decoder, eps = self.decoder, self.decoder.eps
         hidden = ops.decode(decoder, batch, cache)
         if hidden is not None:
-            return hidden
+            return ops.take_rows(hidden, batch.sample_tokens, out)
         x = ops.embed(decoder.embedding, batch.tokens)
+        last = len(decoder.layers) - 1
+        few_sample = len(batch.sample_tokens) < len(batch.tokens)
         for index, layer in enumerate(decoder.layers):
             q = ops.rope_and_cache(
                 ops.norm_linear(x, layer.input_norm, layer.qkv, layer.qkv_bias, eps=eps),
@@ -100,10 +103,14 @@ class Qwen3:
                 eps=eps,
             )
             attended = ops.attention(q, batch, cache, index, scale=decoder.scale)
+            if few_sample and index == last:
+                # Of the others, nothing is read any more but the keys and values that they left.
+                x = ops.take_rows(x, batch.sample_tokens, out)
+                attended = ops.take_rows(attended, batch.sample_tokens)
             ops.add_linear(x, attended, layer.output, layer.output_bias)
             gated = ops.norm_gated_linear(x, layer.post_norm, layer.gate_up, eps=eps)
             ops.add_linear(x, gated, layer.down)
-        return x
+        return x if few_sample else ops.take_rows(x, batch.sample_tokens, out)
 
     def logits(self, ops: Ops, hidden: Tensor) -> Tensor:
         """Hidden states of `forward` [S, H] -> [S, V], in the model's dtype."""

@@ -28,8 +28,9 @@ class Model(Protocol):
         """All weights of the model."""
         ...
 
-    def forward(self, ops: Ops, batch: Batch, cache: KVCache) -> Tensor:
-        """Write the step's keys and values to the cache; give hidden states [P, H]."""
+    def forward(self, ops: Ops, batch: Batch, cache: KVCache, out: Tensor | None = None) -> Tensor:
+        """Write the step's keys and values to the cache; give the sampled tokens' hidden states
+        [S, H], in `out` where it is given."""
         ...
 
     def logits(self, ops: Ops, hidden: Tensor) -> Tensor:
