@@ -15,6 +15,7 @@ from zllm.cuda.compiler import Program
 from zllm.cuda.launcher import KernelLibrary
 from zllm.cuda.linear_plans import (
     SHARED_BYTES,
+    TALL_ROWS,
     UNIT,
     Skinny,
     Tall,
@@ -43,7 +44,7 @@ class SkinnyLinear:
         properties: Any = torch.cuda.get_device_properties(library.device)
         self._hopper: bool = (properties.major, properties.minor) == (9, 0)
         self._limit = min(SHARED_BYTES, properties.shared_memory_per_block_optin)
-        self.max_rows = 64 if self._hopper else 16
+        self.max_rows = TALL_ROWS[-1] if self._hopper else 16
         """Rows of x that `linear` takes."""
         self._maps = TensorMaps()
 
@@ -126,7 +127,7 @@ class SkinnyLinear:
     ) -> Iterator[Program]:
         """The programs that products with an [n, k] weight need, whatever M. `norm`: fused as far
         as it can be."""
-        for m in (8, 16, 32, 64):
+        for m in (8, *TALL_ROWS):
             if self._takes(m, n, gated):
                 plan = self._plan(m, n, k, gated)
                 source = (_TALL if isinstance(plan, Tall) else _SKINNY)[0]

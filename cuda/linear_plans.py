@@ -12,6 +12,8 @@ SHARED_BYTES = 113 * 1024
 """What lets a block share its multiprocessor with one of the kernel that follows (228 KiB)."""
 MOST_SHARED_BYTES = 220 * 1024
 _MOST_ROWS = 192
+TALL_ROWS = (16, 32, 64, 96, 128)
+"""Rows of x that linear_wgmma.cu is compiled for."""
 UNIT = 8
 """Rows of W in which linear_wgmma.cu divides: one pattern of its shared memory's swizzle."""
 
@@ -68,6 +70,8 @@ class Tall:
     ntiles: int
     split: int
     shared_limit: int
+    one_tile: bool
+    """Whether a block's share of W is one tile, whose sums may then meet in the ring."""
 
     @property
     def warpgroups(self) -> int:
@@ -95,6 +99,12 @@ class Tall:
         """Dynamic shared memory: the ring and its barriers."""
         return self.stages * (self._stage_bytes + 16) + self._tail_bytes
 
+    @property
+    def staged(self) -> bool:
+        """Whether a tile's sums go through shared memory, and so to whole lines of the output."""
+        sums = 8 * self.ntiles * (64 * self.warpgroups + 4) * 4
+        return self.one_tile and sums <= self.stages * self._stage_bytes
+
     def owners(self, num_sms: int) -> int:
         """Clusters of the grid."""
         return _clusters(num_sms, self.split)
@@ -105,6 +115,7 @@ class Tall:
             "NTILES": self.ntiles,
             "STAGES": self.stages,
             "SPLIT": self.split,
+            "STAGED": int(self.staged),
         }
 
 
@@ -127,16 +138,19 @@ def skinny_plan(m: int, n: int, num_sms: int) -> Skinny:
 
 
 def tall_plan(m: int, n: int, k: int, num_sms: int, gated: bool = False) -> Tall:
-    """For 9 to 64 rows of x and n of W, counted in W's rows also where two make one output."""
+    """For 9 to TALL_ROWS[-1] rows of x and n of W, counted in W's rows also where two make one
+    output."""
     split = 1
     if n <= 32 * num_sms and k >= 2048:
         split = 2 if n > 16 * num_sms else 8 if n <= 8 * num_sms else 4
     unit = 2 * UNIT if gated else UNIT
     units = _ceil(_ceil(n, unit), _clusters(num_sms, split))
-    rows = _ceil(units, _ceil(units * unit, _MOST_ROWS)) * unit
-    deep = rows > 128 or (m > 32 and 2 * n * k >= 30_000_000)
-    ntiles = 2 if m <= 16 else 4 if m <= 32 else 8
-    return Tall(rows, ntiles, split, MOST_SHARED_BYTES if deep else SHARED_BYTES)
+    tiles = _ceil(units * unit, _MOST_ROWS)
+    rows = _ceil(units, tiles) * unit
+    columns = next(size for size in TALL_ROWS if m <= size)
+    long = 2 * n * k >= (30_000_000 if m <= 64 else 20_000_000)
+    limit = MOST_SHARED_BYTES if rows > 128 or (m > 32 and long) else SHARED_BYTES
+    return Tall(rows, columns // 8, split, limit, tiles == 1)
 
 
 def faster_than_cublas(m: int, n: int, k: int, num_sms: int, hopper: bool) -> bool:
@@ -145,6 +159,8 @@ def faster_than_cublas(m: int, n: int, k: int, num_sms: int, hopper: bool) -> bo
         return n >= num_sms
     if not hopper:
         return m <= 16 and n * k <= 20_000_000
-    # At more than 48 rows cuBLAS is up to 5% faster where k is split in two (a 4B or 8B model's o
-    # and down), but one ordinary launch in a chain of overlapping ones costs more than that.
-    return m <= 64
+    # Where cuBLAS is up to 10% faster alone (a 4B or 8B model's o, from 48 rows on), one ordinary
+    # launch in a chain of overlapping ones costs more than that.
+    if n > _MOST_ROWS * num_sms:  # a head: tile after tile, and each reads x again
+        return m <= 64
+    return m <= (128 if n * k >= 8_000_000 else 96)

@@ -58,6 +58,9 @@ __device__ __forceinline__ void finish_tile(const Epilogue<T>& to, Tile tile, co
   const auto column_of = [&](int i) {
     return static_cast<int>(i * threads + rank * 32 * Warps + threadIdx.x) % vectors * 4;
   };
+  // Four at once where all four exist and stand at a multiple of 8 bytes.
+  const bool aligned = (tile.first | to.n) % 4 == 0;
+  const auto are_whole = [&](int o) { return aligned && o + 4 <= tile.count; };
   // What was there is asked for before the sums are waited for.
   float residual[most][4] = {};
   if constexpr (Add) {
@@ -65,9 +68,17 @@ __device__ __forceinline__ void finish_tile(const Epilogue<T>& to, Tile tile, co
     for (int i = 0; i < most; ++i) {
       const int row = row_of(i), o = column_of(i);
       const i64 place = static_cast<i64>(row) * to.n + tile.first + o;
+      if (row >= to.m) continue;
+      if (are_whole(o)) {
+        const uint2 old = *reinterpret_cast<const uint2*>(to.residual + place);
+        const float2 low = unpack<T>(old.x), high = unpack<T>(old.y);
+        residual[i][0] = low.x, residual[i][1] = low.y;
+        residual[i][2] = high.x, residual[i][3] = high.y;
+        continue;
+      }
 #pragma unroll
       for (int c = 0; c < 4; ++c)
-        if (row < to.m && o + c < tile.count) residual[i][c] = to_float(to.residual[place + c]);
+        if (o + c < tile.count) residual[i][c] = to_float(to.residual[place + c]);
     }
   }
   if constexpr (Split > 1)
@@ -112,9 +123,16 @@ __device__ __forceinline__ void finish_tile(const Epilogue<T>& to, Tile tile, co
       y[0] = silu(y[0]) * (scale * up.x), y[1] = silu(y[1]) * (scale * up.y);
       y[2] = silu(y[2]) * (scale * up.z), y[3] = silu(y[3]) * (scale * up.w);
     }
+    T rounded[4];
+#pragma unroll
+    for (int c = 0; c < 4; ++c) rounded[c] = from_float<T>(y[c] + residual[i][c]);
+    if (are_whole(o)) {
+      *reinterpret_cast<uint2*>(to.out + place) = {pair_of(rounded), pair_of(rounded + 2)};
+      continue;
+    }
 #pragma unroll
     for (int c = 0; c < 4; ++c)
-      if (o + c < tile.count) to.out[place + c] = from_float<T>(y[c] + residual[i][c]);
+      if (o + c < tile.count) to.out[place + c] = rounded[c];
   }
   if constexpr (Split > 1)
     sync_cluster_relaxed();

@@ -40,6 +40,11 @@ template <> struct Pair<__half> {
 template <typename T> __device__ __forceinline__ float2 unpack(u32 pair) {
   return Pair<T>::to_float2(*reinterpret_cast<const typename Pair<T>::type*>(&pair));
 }
+// Two neighbours as the word that they are in memory.
+template <typename T> __device__ __forceinline__ u32 pair_of(const T* two) {
+  const typename Pair<T>::type pair(two[0], two[1]);
+  return *reinterpret_cast<const u32*>(&pair);
+}
 // V: uint2 or uint4, of pairs of T.
 template <typename T, typename V> __device__ __forceinline__ float sum_of_squares(V v) {
   const auto* pairs = reinterpret_cast<const typename Pair<T>::type*>(&v);

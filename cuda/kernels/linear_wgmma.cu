@@ -1,4 +1,4 @@
-// y = x W^T for 9 to 64 rows of x on Hopper: linear_skinny.cu's shares of W, with wgmma.
+// y = x W^T for 9 to 128 rows of x on Hopper: linear_skinny.cu's shares of W, with wgmma.
 //
 // From some 16 rows on, what costs is to read x again for every tile of W. So tiles are tall (up
 // to 192 rows of W a block) and, where W is too short for that, the SPLIT blocks of a cluster
@@ -6,10 +6,11 @@
 // side of wgmma (64 rows a warpgroup), x its N side, both from shared memory.
 //
 // One warp asks the tensor copy engine for what the warpgroups then multiply, STAGES ahead; the
-// first stages of W before the kernel before this one has ended.
+// first stages of W before the kernel before this one has ended. Where a block has one tile, its sums
+// go through the ring when that is done with (STAGED), and leave as whole lines.
 //
-// Macros: SCALAR; ROWS (of W in a tile), NTILES (of 8 rows of x: 2, 4 or 8), STAGES (of 64 k),
-// SPLIT; ADD and GATED as in linear_skinny.cu.
+// Macros: SCALAR; ROWS (of W in a tile), NTILES (of 8 rows of x: see wgmma.cuh), STAGES (of 64 k),
+// SPLIT, STAGED; ADD and GATED as in linear_skinny.cu.
 #include "linear_finish.cuh"
 #include "tensor_copy.cuh"
 #include "wgmma.cuh"
@@ -28,7 +29,7 @@ constexpr int STAGE = W_BYTES + X_BYTES;
 constexpr int PITCH = 64 * WARPGROUPS + 4;
 constexpr int UNIT = 8;  // rows of W: one pattern of the swizzle
 constexpr int MOST = GATED ? ROWS / 2 : ROWS;
-static_assert(SPLIT == 1 || COLS * PITCH * 4 <= STAGES * STAGE, "partial sums fit the ring");
+static_assert(!STAGED || COLS * PITCH * 4 <= STAGES * STAGE, "partial sums fit the ring");
 
 struct Slot {
   int index = 0;
@@ -139,7 +140,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
       wait_products<0>();
       release(previous);
 
-      if constexpr (SPLIT > 1) {
+      if constexpr (STAGED) {
         sync_group<CONSUMERS>(1);  // nobody reads the ring any more: it takes the partial sums
         float* const mine = reinterpret_cast<float*>(shared) + warp * 16 + g;
 #pragma unroll
@@ -166,7 +167,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         }
       }
     }
-    if constexpr (SPLIT > 1)
+    if constexpr (STAGED)
       finish_tile<64 * WARPGROUPS, COLS, 1, SPLIT, THREADS / 32, false, ADD, GATED>(
           Epilogue<SCALAR>{out, residual, 0.f, m, n, k}, tile,
           reinterpret_cast<const float*>(shared), nullptr, rank);

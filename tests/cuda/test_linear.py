@@ -13,6 +13,7 @@ from zllm.cuda.linear import SkinnyLinear, _macros
 from zllm.cuda.linear_plans import (
     MOST_SHARED_BYTES,
     SHARED_BYTES,
+    TALL_ROWS,
     Skinny,
     faster_than_cublas,
     skinny_plan,
@@ -37,7 +38,7 @@ def test_every_architecture_compiles_the_skinny_plans(arch: str, m: int, tmp_pat
     assert compiler.compile("linear_skinny.cu", _macros(plan, torch.float16, False, False, False))
 
 
-@pytest.mark.parametrize("m", [16, 32, 64])
+@pytest.mark.parametrize("m", TALL_ROWS)
 def test_hopper_compiles_the_tall_plans(m: int, tmp_path: Path) -> None:
     compiler = Compiler("sm_90a", tmp_path)
     for plan in {tall_plan(m, n, k, SMS, gated=True) for n, k in MODEL_WEIGHTS}:
@@ -56,7 +57,7 @@ def test_a_skinny_plan_lets_two_blocks_share_a_hopper_multiprocessor(m: int, n: 
     assert 2 * (plan.shared_bytes(norm=True) + 1024) <= 228 * 1024
 
 
-@pytest.mark.parametrize("m", [9, 16, 17, 32, 33, 64])
+@pytest.mark.parametrize("m", [9, 16, 17, 32, 33, 64, 65, 96, 97, 128])
 @pytest.mark.parametrize("n", [8, 40, 1024, 1504, 2064, 2560, 4096, 4224, 6144, 19456, 151936])
 @pytest.mark.parametrize("k", [64, 1024, 4096])
 @pytest.mark.parametrize("gated", [False, True])
@@ -73,7 +74,10 @@ def test_a_tall_plan_covers_its_weight(m: int, n: int, k: int, gated: bool) -> N
     longest = -(-units // plan.owners(SMS))
     tiles = -(-longest * unit // plan.rows)
     assert -(-longest // tiles) * unit <= plan.rows <= 192
-    if plan.split > 1:  # the partial sums take the ring's place: one tile a block
+    assert plan.one_tile == (tiles == 1)
+    if plan.split > 1:
+        assert plan.staged
+    if plan.staged:  # the sums take the ring's place: one tile a block
         assert tiles == 1
         assert 8 * plan.ntiles * (64 * plan.warpgroups + 4) * 4 <= plan.shared_bytes
 
@@ -89,7 +93,9 @@ def test_cublas_keeps_what_it_does_better() -> None:
     assert faster_than_cublas(1, 151936, 4096, SMS, hopper=False)
     assert faster_than_cublas(64, 24576, 4096, SMS, hopper=True)
     assert not faster_than_cublas(17, 1024, 2048, SMS, hopper=False)
-    assert not faster_than_cublas(65, 1024, 2048, SMS, hopper=True)
+    assert not faster_than_cublas(97, 1024, 2048, SMS, hopper=True)
+    assert not faster_than_cublas(65, 151936, 4096, SMS, hopper=True)
+    assert not faster_than_cublas(129, 24576, 4096, SMS, hopper=True)
 
 
 @pytest.fixture(scope="module")
@@ -125,8 +131,9 @@ def _poisoned(m: int, n: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tens
     ("n", "k"),
     [(1, 8), (7, 24), (133, 40), (1024, 2048), (1000, 1032), (2560, 9728), (6151, 2568)],
 )
-@pytest.mark.parametrize("m", [1, 3, 8, 9, 16, 17, 31, 40, 64])
+@pytest.mark.parametrize("m", [1, 3, 8, 9, 16, 17, 31, 40, 64, 77, 96, 105, 128])
 def test_equals_float64(products: SkinnyLinear, m: int, n: int, k: int, dtype: torch.dtype) -> None:
+    _skip_if_too_tall(products, m)
     x, weight = _random(m, k, dtype=dtype), _random(n, k, dtype=dtype, scale=k**-0.5)
     out = products.linear(x, weight, _poisoned(m, n, dtype))
     expected = x.double() @ weight.double().t()
@@ -145,7 +152,7 @@ def test_equals_float64(products: SkinnyLinear, m: int, n: int, k: int, dtype: t
         (12304, 2056),
     ],
 )
-@pytest.mark.parametrize("m", [1, 6, 8, 11, 16, 29, 64])
+@pytest.mark.parametrize("m", [1, 6, 8, 11, 16, 29, 64, 90, 128])
 def test_fused_parts_equal_their_separate_float64(
     products: SkinnyLinear, m: int, n: int, k: int
 ) -> None:
@@ -170,7 +177,7 @@ def test_fused_parts_equal_their_separate_float64(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("m", [4, 12, 64])
+@pytest.mark.parametrize("m", [4, 12, 64, 112])
 @pytest.mark.parametrize("size", [1024, 2560, 4096])
 def test_a_chain_in_a_graph_sees_each_product_before_it(
     products: SkinnyLinear, m: int, size: int
@@ -201,7 +208,7 @@ def test_a_chain_in_a_graph_sees_each_product_before_it(
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"x": (65, 64)}, "x: 65 rows"),
+        ({"x": (129, 64)}, "x: 129 rows"),
         ({"x": (2, 60), "weight": (32, 60)}, "x: 60 columns"),
         ({"weight": (32, 72)}, "weight: shape"),
         ({"out": (2, 31)}, "out: shape"),
