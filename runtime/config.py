@@ -32,7 +32,10 @@ class EngineConfig:
     max_model_len: int | None = None
     max_num_seqs: int = 256
     max_num_batched_tokens: int | None = None
-    """Tokens of one step at most. None: 2,048 on the CPU, 8,192 on a GPU."""
+    """Tokens of one step at most. None: 2,048 on the CPU, 8,192 on a GPU, and twice that there
+    where nobody waits for single tokens."""
+    interactive: bool = True
+    """Somebody waits for single tokens, which a long step holds up. False: steps may be longer."""
     num_kv_blocks: int | None = None
     """Fixes the pool's size in blocks of 16 tokens; otherwise it follows from free memory."""
     gpu_memory_utilization: float = 0.9

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from zllm.cuda.attention import PagedAttention
+from zllm.cuda.event import Event
 from zllm.cuda.launcher import KernelLibrary
 from zllm.cuda.upload import Upload
 from zllm.native import arena as layout
@@ -48,7 +49,7 @@ _PROBE_BYTES = 64 * 1024**2
 class _Ticket:
     """A launched step: when it is done, and where its tokens are."""
 
-    done: torch.cuda.Event
+    done: Event
     step: int
     num_rows: int
     sampled_rows: npt.NDArray[np.intp] | None
@@ -134,7 +135,7 @@ class CudaRunner:
         self._host_tokens = self._step.host_tokens.numpy()
         self._uploads: tuple[Upload, ...] = ()
         # A step is collected before the one after the next is launched, which has its arena.
-        self._done = (torch.cuda.Event(), torch.cuda.Event())
+        self._done = (Event(kernels.device), Event(kernels.device))
         self.arenas = (np.zeros(0, np.int32), np.zeros(0, np.int32))
         self.gpu = f"GPU-{torch.cuda.get_device_properties(self.device).uuid}"
         self.report = [

@@ -64,7 +64,7 @@ class LLM:
             self.tokenizer = load_tokenizer(folder)
             self.chat_template = load_chat_template(folder)
         try:
-            config = EngineConfig(model=folder, **options)
+            config = EngineConfig(model=folder, **{"interactive": False, **options})
         except TypeError as error:
             raise ConfigError(f"{error}: options are the fields of EngineConfig") from error
         self.engine = Engine(config)

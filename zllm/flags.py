@@ -31,6 +31,7 @@ HELP = {
     "max_model_len": "context in tokens; default: the model's own",
     "max_num_seqs": "sequences that run at once, at most",
     "max_num_batched_tokens": "tokens of one step, at most; default: 2048 on a CPU, 8192 on a GPU",
+    "interactive": "somebody waits for single tokens; without it a GPU's steps may be longer",
     "num_kv_blocks": "fix the KV pool's size, in blocks of 16 tokens",
     "gpu_memory_utilization": "share of the GPU's memory to use, in (0, 1]",
     "memory_share": "part of the memory for models, in (0, 1]; default: even parts",
