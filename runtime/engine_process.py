@@ -1,6 +1,6 @@
 """The engine's own process: an inbox and an outbox around Engine, so that no GIL is shared.
 
-service/supervisor.py starts it as `python -m zllm.runtime.engine_process ADDRESS` and writes the
+service/supervisor.py starts it as `python -m zllm.runtime.engine_process SOCKET` and writes the
 EngineConfig as one line of JSON to its stdin. Stdin then stays open for as long as the parent
 lives: its end, like the parent's death, ends this process.
 """
@@ -16,7 +16,6 @@ import time
 from typing import Protocol
 
 import msgspec
-import zmq
 
 from zllm.errors import ZllmError
 from zllm.runtime.clients import Clients
@@ -149,17 +148,6 @@ class EngineLoop:
         self._last_beat = time.monotonic()
 
 
-def bind(address: str, context: zmq.Context[zmq.Socket[bytes]] | None = None) -> Clients:
-    """Listens there. What a client does not read waits without bound: at most the output of its
-    own requests, and no other client's time."""
-    socket: zmq.Socket[bytes] = (context or zmq.Context.instance()).socket(zmq.ROUTER)
-    socket.set(zmq.ROUTER_MANDATORY, 1)
-    socket.set(zmq.ROUTER_HANDOVER, 1)
-    socket.set(zmq.SNDHWM, 0)
-    socket.bind(address)
-    return Clients(socket)
-
-
 def _die_with_parent() -> None:
     """SIGKILL from the kernel where it can (Linux), the end of stdin elsewhere and for races."""
     if sys.platform == "linux":
@@ -192,7 +180,7 @@ def main(address: str) -> int:
         signal.signal(number, signal.SIG_IGN)
     config = msgspec.json.decode(_read_line(), type=EngineConfig, dec_hook=lambda t, v: t(v))
     _die_with_parent()
-    clients = bind(address)
+    clients = Clients(address)
     try:
         # Imported here so that a torch that cannot load reaches the parent as EngineFailed too.
         import torch
@@ -203,11 +191,11 @@ def main(address: str) -> int:
     except (ZllmError, ImportError, OSError, MemoryError, RuntimeError) as error:
         client, _ = clients.receive()
         clients.send(client, EngineFailed(str(error) or type(error).__name__))
-        zmq.Context.instance().destroy(linger=5000)
+        clients.close(linger_s=5.0)
         return 1
     on_gpu = config.device != "cpu" and torch.cuda.is_available()
     EngineLoop(engine, clients, step_limit_s=STEP_LIMIT_S["cuda" if on_gpu else "cpu"]).run()
-    zmq.Context.instance().destroy(linger=1000)
+    clients.close(linger_s=1.0)
     return 0
 
 
