@@ -232,8 +232,9 @@ async def _write_stream(run: _Run, context: Context) -> None:
 
 def _delta_message(run: _Run, delta: Delta) -> generation_pb2.StreamGenerateResponse:
     message = generation_pb2.StreamGenerateResponse()
-    message.delta.num_tokens = len(delta.token_ids)
-    _fill(message.delta, run, delta)
+    sequence = message.delta
+    sequence.num_tokens = len(delta.token_ids)
+    _fill(sequence, run, delta)
     return message
 
 

@@ -115,7 +115,8 @@ class Stream:
         """Waits for the next delta. Raises what the request failed with, after the deltas that
         came before."""
         while self._num_pending < self._min_tokens and not self.over:
-            await self._change()
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
         self._digest()
         if self._error is not None and not self._token_ids:
             raise self._error
@@ -153,26 +154,27 @@ class Stream:
         tokens, self._undigested = self._undigested, []
         if self._closed:
             return
-        shown = tokens[:-1] if self._hides_last_token() else tokens
+        shown = tokens
+        if self._finish is not None and self._hides_last_token(self._finish):
+            shown = tokens[:-1]
         text, taken = self._detokenizer.extend(shown)
-        if self._detokenizer.matched_stop is not None:
+        matched = self._detokenizer.matched_stop
+        if matched is not None:
             tokens = shown[:taken]
         elif self._finish is not None:
             text += self._detokenizer.flush()
+            matched = self._detokenizer.matched_stop
         self._text += text
         self._token_ids += tokens
-        matched = self._detokenizer.matched_stop
         if matched is not None:
             self._close(Finish(FinishReason.STOP, stop_string=matched))
         elif self._finish is not None:
             last = self._token_ids[-1] if self._finish is FinishReason.STOP else None
             self._close(Finish(self._finish, stop_token_id=last))
 
-    def _hides_last_token(self) -> bool:
+    def _hides_last_token(self, finish: FinishReason) -> bool:
         """The token that ended the turn is an id of the output, but no text of it."""
-        if self._finish is None or self._keep_stop:
-            return False
-        return self._finish in (FinishReason.EOS, FinishReason.STOP)
+        return not self._keep_stop and finish in (FinishReason.EOS, FinishReason.STOP)
 
     def _close(self, finish: Finish) -> None:
         self.finish = finish
