@@ -34,7 +34,7 @@ class Clients:
     """Listens at the path from its making on. Not safe for use by several threads at once.
 
     What a client does not read waits without bound: at most the output of its own requests, and no
-    other client's time. It goes out with the next message to it, and while poll() waits.
+    other client's time. It goes out with the next message to it, or at the next poll().
     """
 
     def __init__(self, path: str) -> None:

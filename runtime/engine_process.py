@@ -41,6 +41,10 @@ STEP_LIMIT_S = {"cpu": 60.0, "cuda": 2.0}
 """A step that runs longer hangs, and the heartbeat stops. On a CPU one of 2,048 prompt tokens may
 take half a minute. On a GPU this and the service's timeout together leave five seconds, ten times
 what a full step of a large model or the first use of a kernel takes."""
+BURST = 64
+"""Where so many messages come at one turn, more may wait at a sender, for lack of room."""
+BURST_S = 0.01
+"""How long they are taken in then, at most, before the next step."""
 CHECK_S = 10.0
 """Between two checks of the scheduler's books, which happen when the engine falls idle."""
 
@@ -126,10 +130,15 @@ class EngineLoop:
 
     def _take_inbox(self, timeout_ms: int) -> tuple[bool, bool]:
         """Whether anything came, and whether to go on."""
-        heard = False
-        while self._clients.poll(0 if heard else timeout_ms):
+        heard = 0
+        began = 0.0
+        while self._clients.poll(timeout_ms):
             client, message = self._clients.receive()
-            heard = True
+            heard += 1
+            if heard == 1:
+                began = time.monotonic()
+            in_burst = heard >= BURST and time.monotonic() - began < BURST_S
+            timeout_ms = 1 if in_burst else 0
             if isinstance(message, AddRequest):
                 if self._clients.began(client, message.request_id):
                     self._engine.add(message)
@@ -140,8 +149,8 @@ class EngineLoop:
             elif isinstance(message, Attach):
                 self._clients.attach(client, self._engine.ready())
             elif isinstance(message, Shutdown):
-                return heard, False
-        return heard, True
+                return True, False
+        return heard > 0, True
 
     def _send_heartbeat(self) -> None:
         self._clients.broadcast(Heartbeat(self._load, self._stats))

@@ -11,6 +11,8 @@ from collections import deque
 
 READ_BYTES = 1 << 18
 """Read at once, at most."""
+SEND_BYTES = 1 << 16
+"""What waits is sent in pieces of that size: the kernel's room is taken by messages, not bytes."""
 _LENGTH_BYTES = 4
 
 
@@ -65,6 +67,7 @@ class Frames:
         gone."""
         waiting = self._waiting
         while waiting:
+            self._join_first()
             try:
                 sent = self._socket.send(waiting[0])
             except BlockingIOError:
@@ -73,6 +76,17 @@ class Frames:
                 waiting[0] = waiting[0][sent:]
             else:
                 waiting.popleft()
+
+    def _join_first(self) -> None:
+        waiting = self._waiting
+        if len(waiting) == 1 or len(waiting[0]) >= SEND_BYTES:
+            return
+        pieces: list[memoryview] = []
+        size = 0
+        while waiting and size < SEND_BYTES:
+            pieces.append(waiting.popleft())
+            size += len(pieces[-1])
+        waiting.appendleft(memoryview(b"".join(pieces)))
 
     def close(self) -> None:
         """Drops what waits; what has gone out can still be read by the peer."""
