@@ -75,7 +75,7 @@ def loads(held: int) -> list[Load]:
             if name == "single" and streams == BARE_STREAMS:
                 found.append(Load("bare-single", streams, int(SECONDS / step_s / 2), 0.0))
     # Of the model's, some have ended before the last has come.
-    return [*found, Load("held", held, 8, 2.0), Load("model", held * 11 // 10, 32, 0.0)]
+    return [*found, Load("held", held, 16, 2.0), Load("model", held * 11 // 10, 32, 0.0)]
 
 
 class Server:
