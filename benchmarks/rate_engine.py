@@ -16,7 +16,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from zllm.runtime.engine_process import EngineLoop, bind
+from zllm.runtime.clients import Clients
+from zllm.runtime.engine_process import EngineLoop
 from zllm.runtime.messages import (
     AddRequest,
     EngineReady,
@@ -115,7 +116,8 @@ def main(address: str) -> None:
         os.sched_setaffinity(0, {int(cpu) for cpu in cpus.split(",")})
     path = os.environ.get("ZLLM_BENCH_TIMES", "")
     with open(path or os.devnull, "wb", buffering=0) as times:
-        EngineLoop(RateEngine(float(os.environ["ZLLM_BENCH_STEP_S"]), times), bind(address)).run()
+        engine = RateEngine(float(os.environ["ZLLM_BENCH_STEP_S"]), times)
+        EngineLoop(engine, Clients(address)).run()
 
 
 if __name__ == "__main__":

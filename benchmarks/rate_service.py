@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -11,8 +12,15 @@ from zllm.service import serve
 from zllm.service.config import ServerConfig
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--frontends", type=int, default=1)
     server = ServerConfig(
-        port=0, admin_port=0, metrics_port=0, engine_timeout=60.0, log_level="warning"
+        port=0,
+        admin_port=0,
+        metrics_port=0,
+        engine_timeout=60.0,
+        log_level="warning",
+        frontends=parser.parse_args().frontends,
     )
     model = EngineConfig(model=EMBEDDED_MODEL, served_model_name="rate")
     engine = (sys.executable, str(Path(__file__).with_name("rate_engine.py")))

@@ -1,6 +1,6 @@
 """Opens StreamGenerate calls on raw sockets and notes when each piece of their answers came.
 
-    python benchmarks/raw_reader.py ADDRESS STREAMS TOKENS [TIMES]
+    python benchmarks/raw_reader.py ADDRESS STREAMS TOKENS CONNECTIONS [TIMES]
 
 Run by benchmarks/service.py. Just enough HTTP/2 (RFC 9113) and HPACK (RFC 7541) to cost next to
 nothing, so that what is measured is the service. Prints JSON. TIMES is the file of rate_engine.py
@@ -27,7 +27,6 @@ from rate_engine import DISTINCT
 from zllm.v1 import generation_pb2
 
 PATH = b"/zllm.v1.GenerationService/StreamGenerate"
-STREAMS_A_CONNECTION = 100
 PAUSE_S = 0.001
 DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE = 0, 1, 3, 4, 6, 7, 8
 END_STREAM = ACK = 0x1
@@ -112,20 +111,24 @@ class Connection:
 
 
 def read_all(
-    address: tuple[str, int], streams: int, tokens: int, times: Path | None = None
+    address: tuple[str, int],
+    streams: int,
+    tokens: int,
+    connections: int,
+    times: Path | None = None,
 ) -> dict[str, Any]:
-    """Opens all streams at once and reads them to their ends."""
+    """Opens all streams at once, shared out over so many connections, and reads them to their
+    ends."""
     request = generation_pb2.GenerateRequest(text="a")
     request.stopping.max_tokens = tokens
     request.stopping.ignore_eos = True
     request.output.token_ids = True
     message = request.SerializeToString()
     started = time.monotonic()
-    shares = [STREAMS_A_CONNECTION] * (streams // STREAMS_A_CONNECTION)
-    shares += [streams % STREAMS_A_CONNECTION] * (streams % STREAMS_A_CONNECTION > 0)
-    connections = [Connection(address, share, message) for share in shares]
+    shares = [len(range(first, streams, connections)) for first in range(connections)]
+    opened = [Connection(address, share, message) for share in shares if share]
     selector = selectors.DefaultSelector()
-    for connection in connections:
+    for connection in opened:
         selector.register(connection.socket, selectors.EVENT_READ, connection)
     while selector.get_map():
         for key, _ in selector.select(0 if times else None):
@@ -135,7 +138,7 @@ def read_all(
                 key.data.socket.close()
         if times is None:
             time.sleep(PAUSE_S)
-    return _summary(connections, started, times)
+    return _summary(opened, started, times)
 
 
 def _summary(connections: list[Connection], started: float, times: Path | None) -> dict[str, Any]:
@@ -203,10 +206,11 @@ def _events(
 
 
 def main() -> None:
-    target, streams, tokens, *times = sys.argv[1:]
+    target, streams, tokens, connections, *times = sys.argv[1:]
     host, port = target.rsplit(":", 1)
     path = Path(times[0]) if times else None
-    print(json.dumps(read_all((host, int(port)), int(streams), int(tokens), path)))
+    found = read_all((host, int(port)), int(streams), int(tokens), int(connections), path)
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -1,38 +1,90 @@
-"""The engine's end of its socket: one ROUTER for every service process that sends it requests.
+"""The engine's end of its socket: a connection for every service process that sends it requests.
 
-A client's number is its routing id and the high bits of its requests' ids. So ids of several
-clients never meet, and a step's tokens find their way without a table.
+A client's number is in its first message and in the high bits of its requests' ids. So ids of
+several clients never meet, and a step's tokens find their way without a table.
 """
 
 from __future__ import annotations
 
+import selectors
+import socket
+import time
+from collections import deque
+from dataclasses import dataclass
+
 import msgspec
 import numpy as np
-import zmq
 
-from zllm.runtime.messages import CLIENT_SHIFT, FromEngine, StepOutput, ToEngine, routing_id
+from zllm.runtime.frames import Frames
+from zllm.runtime.messages import CLIENT_SHIFT, Attach, FromEngine, StepOutput, ToEngine
 
 _decode = msgspec.msgpack.Decoder(ToEngine).decode
 _encode = msgspec.msgpack.Encoder().encode
 
 
-class Clients:
-    """Not safe for use by several threads at once."""
+@dataclass(eq=False)
+class _Peer:
+    """A connection; its client is known once it has said Attach."""
 
-    def __init__(self, socket: zmq.Socket[bytes]) -> None:
-        self._socket = socket
+    frames: Frames
+    client: int | None = None
+
+
+class Clients:
+    """Listens at the path from its making on. Not safe for use by several threads at once.
+
+    What a client does not read waits without bound: at most the output of its own requests, and no
+    other client's time. It goes out with the next message to it, or at the next poll().
+    """
+
+    def __init__(self, path: str) -> None:
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.setblocking(False)
+        self._listener.bind(path)
+        self._listener.listen()
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._listener, selectors.EVENT_READ)
+        self._peers: dict[int, _Peer] = {}
+        """By client."""
+        self._inbox: deque[tuple[int, ToEngine]] = deque()
         self._live: dict[int, set[int]] = {}
         """The requests of each attached client that have not ended."""
         self._orphans: list[int] = []
 
     def poll(self, timeout_ms: int) -> bool:
         """Whether a message waits, after `timeout_ms` at most."""
-        return bool(self._socket.poll(timeout_ms))
+        deadline = time.monotonic() + timeout_ms / 1000
+        left = timeout_ms / 1000
+        while not self._inbox:
+            for key, events in self._selector.select(left):
+                self._serve(key.data, events)
+            left = deadline - time.monotonic()
+            if left <= 0:
+                break
+        return bool(self._inbox)
 
     def receive(self) -> tuple[int, ToEngine]:
         """Who says what; waits for it."""
-        sender, data = self._socket.recv_multipart()
-        return int.from_bytes(sender[1:], "big"), _decode(data)
+        while not self._inbox:
+            self.poll(1000)
+        return self._inbox.popleft()
+
+    def close(self, linger_s: float = 0.0) -> None:
+        """Once what waits has gone out, or after so many seconds."""
+        if self._listener.fileno() < 0:
+            return
+        deadline = time.monotonic() + linger_s
+        while any(peer.frames.waiting for peer in self._peers.values()):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                break
+            for key, events in self._selector.select(left):
+                self._serve(key.data, events)
+        for key in list(self._selector.get_map().values()):
+            if key.data is not None:
+                key.data.frames.close()
+        self._listener.close()
+        self._selector.close()
 
     def attach(self, client: int, greeting: FromEngine) -> None:
         """From now on it hears every broadcast. One that comes again has forgotten its requests."""
@@ -70,12 +122,67 @@ class Clients:
 
     def send(self, client: int, message: FromEngine) -> None:
         """A client that is gone leaves its requests as orphans."""
+        peer = self._peers.get(client)
+        if peer is None:
+            return
+        waited = peer.frames.waiting
         try:
-            self._socket.send_multipart([routing_id(client), _encode(message)], zmq.NOBLOCK)
-        except zmq.ZMQError as error:
-            if error.errno != zmq.EHOSTUNREACH:
-                raise
-            self._orphans.extend(self._live.pop(client, ()))
+            peer.frames.write(_encode(message))
+        except ConnectionError:
+            self._drop(peer)
+        else:
+            if peer.frames.waiting and not waited:
+                self._await(peer, selectors.EVENT_READ | selectors.EVENT_WRITE)
+
+    def _serve(self, peer: _Peer | None, events: int) -> None:
+        if peer is None:
+            self._accept()
+            return
+        if peer.frames.fileno() < 0:
+            return  # closed since the selector looked
+        try:
+            if events & selectors.EVENT_WRITE:
+                peer.frames.flush()
+                if not peer.frames.waiting:
+                    self._await(peer, selectors.EVENT_READ)
+            if events & selectors.EVENT_READ:
+                for data in peer.frames.read():
+                    self._take(peer, _decode(data))
+        except ConnectionError:
+            self._drop(peer)
+
+    def _accept(self) -> None:
+        try:
+            connected, _ = self._listener.accept()
+        except OSError:
+            return  # it left before it was let in
+        peer = _Peer(Frames(connected))
+        self._selector.register(peer.frames, selectors.EVENT_READ, peer)
+
+    def _take(self, peer: _Peer, message: ToEngine) -> None:
+        if isinstance(message, Attach):
+            # One that comes again takes the place of what it was.
+            last = self._peers.get(message.client)
+            if last is not None and last is not peer:
+                self._close(last)
+            peer.client = message.client
+            self._peers[message.client] = peer
+        if peer.client is None:
+            raise ConnectionError("it has not said who it is")
+        self._inbox.append((peer.client, message))
+
+    def _drop(self, peer: _Peer) -> None:
+        self._close(peer)
+        if peer.client is not None:
+            del self._peers[peer.client]
+            self._orphans.extend(self._live.pop(peer.client, ()))
+
+    def _close(self, peer: _Peer) -> None:
+        self._selector.unregister(peer.frames)
+        peer.frames.close()
+
+    def _await(self, peer: _Peer, events: int) -> None:
+        self._selector.modify(peer.frames, events, peer)
 
     def _forget_ended(self, step: StepOutput) -> None:
         ended = np.flatnonzero(np.frombuffer(step.finishes, np.uint8))

@@ -52,8 +52,7 @@ class Detokenizer:
         if self._stop_strings is None:
             # At once, which is several times as fast.
             self.num_tokens += len(token_ids)
-            kept = self._tokenizer.without_specials(token_ids) if self._skip_special else token_ids
-            data = b"".join(map(self._tokenizer.token_bytes, kept))
+            data = self._tokenizer.bytes_of(token_ids, skip_special_tokens=self._skip_special)
             return self._advance(self._decoder.decode(data)), len(token_ids)
         pieces = []
         for taken, token_id in enumerate(token_ids, start=1):

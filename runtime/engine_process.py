@@ -1,6 +1,6 @@
 """The engine's own process: an inbox and an outbox around Engine, so that no GIL is shared.
 
-service/supervisor.py starts it as `python -m zllm.runtime.engine_process ADDRESS` and writes the
+service/supervisor.py starts it as `python -m zllm.runtime.engine_process SOCKET` and writes the
 EngineConfig as one line of JSON to its stdin. Stdin then stays open for as long as the parent
 lives: its end, like the parent's death, ends this process.
 """
@@ -16,7 +16,6 @@ import time
 from typing import Protocol
 
 import msgspec
-import zmq
 
 from zllm.errors import ZllmError
 from zllm.runtime.clients import Clients
@@ -42,6 +41,10 @@ STEP_LIMIT_S = {"cpu": 60.0, "cuda": 2.0}
 """A step that runs longer hangs, and the heartbeat stops. On a CPU one of 2,048 prompt tokens may
 take half a minute. On a GPU this and the service's timeout together leave five seconds, ten times
 what a full step of a large model or the first use of a kernel takes."""
+BURST = 64
+"""Where so many messages come at one turn, more may wait at a sender, for lack of room."""
+BURST_S = 0.01
+"""How long they are taken in then, at most, before the next step."""
 CHECK_S = 10.0
 """Between two checks of the scheduler's books, which happen when the engine falls idle."""
 
@@ -127,10 +130,15 @@ class EngineLoop:
 
     def _take_inbox(self, timeout_ms: int) -> tuple[bool, bool]:
         """Whether anything came, and whether to go on."""
-        heard = False
-        while self._clients.poll(0 if heard else timeout_ms):
+        heard = 0
+        began = 0.0
+        while self._clients.poll(timeout_ms):
             client, message = self._clients.receive()
-            heard = True
+            heard += 1
+            if heard == 1:
+                began = time.monotonic()
+            in_burst = heard >= BURST and time.monotonic() - began < BURST_S
+            timeout_ms = 1 if in_burst else 0
             if isinstance(message, AddRequest):
                 if self._clients.began(client, message.request_id):
                     self._engine.add(message)
@@ -141,23 +149,12 @@ class EngineLoop:
             elif isinstance(message, Attach):
                 self._clients.attach(client, self._engine.ready())
             elif isinstance(message, Shutdown):
-                return heard, False
-        return heard, True
+                return True, False
+        return heard > 0, True
 
     def _send_heartbeat(self) -> None:
         self._clients.broadcast(Heartbeat(self._load, self._stats))
         self._last_beat = time.monotonic()
-
-
-def bind(address: str, context: zmq.Context[zmq.Socket[bytes]] | None = None) -> Clients:
-    """Listens there. What a client does not read waits without bound: at most the output of its
-    own requests, and no other client's time."""
-    socket: zmq.Socket[bytes] = (context or zmq.Context.instance()).socket(zmq.ROUTER)
-    socket.set(zmq.ROUTER_MANDATORY, 1)
-    socket.set(zmq.ROUTER_HANDOVER, 1)
-    socket.set(zmq.SNDHWM, 0)
-    socket.bind(address)
-    return Clients(socket)
 
 
 def _die_with_parent() -> None:
@@ -192,7 +189,7 @@ def main(address: str) -> int:
         signal.signal(number, signal.SIG_IGN)
     config = msgspec.json.decode(_read_line(), type=EngineConfig, dec_hook=lambda t, v: t(v))
     _die_with_parent()
-    clients = bind(address)
+    clients = Clients(address)
     try:
         # Imported here so that a torch that cannot load reaches the parent as EngineFailed too.
         import torch
@@ -203,11 +200,11 @@ def main(address: str) -> int:
     except (ZllmError, ImportError, OSError, MemoryError, RuntimeError) as error:
         client, _ = clients.receive()
         clients.send(client, EngineFailed(str(error) or type(error).__name__))
-        zmq.Context.instance().destroy(linger=5000)
+        clients.close(linger_s=5.0)
         return 1
     on_gpu = config.device != "cpu" and torch.cuda.is_available()
     EngineLoop(engine, clients, step_limit_s=STEP_LIMIT_S["cuda" if on_gpu else "cpu"]).run()
-    zmq.Context.instance().destroy(linger=1000)
+    clients.close(linger_s=1.0)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What service and engine say to each other: msgspec structs, in msgpack over ZeroMQ.
+"""What service and engine say to each other: msgspec structs, in msgpack (frames.py).
 
 Every message is an array on the wire whose first item is its tag, and decodes to plain data; flat
 numbers travel as the raw bytes of little-endian numpy arrays.
@@ -12,11 +12,6 @@ import msgspec
 
 CLIENT_SHIFT = 40
 """A request's id is its client's number, shifted by so many bits, and the client's own count."""
-
-
-def routing_id(client: int) -> bytes:
-    """By which an engine's socket knows a client; one that begins with a zero is ZeroMQ's own."""
-    return b"c" + client.to_bytes(4, "big")
 
 
 class FinishReason(IntEnum):
@@ -67,6 +62,9 @@ class Stopping(msgspec.Struct, frozen=True, array_like=True):
 
 class Attach(_Message, frozen=True, tag="attach"):
     """A client's first message; EngineReady or EngineFailed answers it, once that is known."""
+
+    client: int
+    """Its number, which no other client of this engine ever has."""
 
 
 class AddRequest(_Message, frozen=True, tag="add"):

@@ -23,6 +23,7 @@ class Tokenizer(ABC):
     def __init__(self, tokens: list[bytes], special_ids: frozenset[int]) -> None:
         self._tokens = tokens
         self._special_ids = special_ids
+        self._shown = [b"" if n in special_ids else token for n, token in enumerate(tokens)]
 
     @property
     def vocab_size(self) -> int:
@@ -56,15 +57,18 @@ class Tokenizer(ABC):
     def is_special(self, token_id: int) -> bool:
         return token_id in self._special_ids
 
-    def without_specials(self, ids: Sequence[int]) -> Sequence[int]:
-        if self._special_ids.isdisjoint(ids):
-            return ids
-        return [token_id for token_id in ids if token_id not in self._special_ids]
+    def bytes_of(self, ids: Sequence[int], *, skip_special_tokens: bool) -> bytes:
+        """The raw bytes of these ids, none of which is negative, joined."""
+        tokens = self._shown if skip_special_tokens else self._tokens
+        try:
+            return b"".join([tokens[token_id] for token_id in ids])
+        except IndexError:
+            return b"".join(tokens[n] for n in ids if n < len(tokens))
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text of whole sequence; bytes that are no UTF-8 become U+FFFD."""
-        skipped = self._special_ids if skip_special_tokens else ()
-        data = b"".join(self.token_bytes(token) for token in ids if token not in skipped)
+        known = [token_id for token_id in ids if token_id >= 0]
+        data = self.bytes_of(known, skip_special_tokens=skip_special_tokens)
         text = data.decode("utf-8", "replace")
         return text.removeprefix(" ") if self.strips_leading_space else text
 

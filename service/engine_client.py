@@ -28,7 +28,6 @@ from zllm.runtime.messages import (
     Shutdown,
     StepOutput,
     ToEngine,
-    routing_id,
 )
 from zllm.service.engine_socket import EngineSocket
 from zllm.service.estimates import FirstTokenEstimate, QueueEstimate
@@ -55,7 +54,8 @@ class EngineClient:
         on_health: Callable[[bool], None] | None = None,
     ) -> None:
         self.address = address
-        self._socket = EngineSocket(address, routing_id(number))
+        self._socket = EngineSocket(address)
+        self._number = number
         self._timeout = timeout
         self.on_health = on_health
         self._streams: dict[int, Stream] = {}
@@ -76,8 +76,8 @@ class EngineClient:
     async def connect(self) -> EngineReady:
         """Waits for the engine's first message. Raises ConfigError with the engine's own words."""
         self._first = asyncio.get_running_loop().create_future()
-        self._socket.listen(self._hear)
-        self._send(Attach())
+        self._socket.open(self._hear)
+        self._send(Attach(self._number))
         message = await self._first
         if isinstance(message, EngineFailed):
             raise ConfigError(message.message)

@@ -1,80 +1,100 @@
-"""The service's end of the socket to an engine: no task and no future a message.
-
-A ZeroMQ socket's descriptor tells of changes, not of messages: it is readable once something may
-have come, and any other call on the socket may take that sign away unread (ZMQ_FD and ZMQ_EVENTS
-in zmq_getsockopt(3)). So a wake-up reads until nothing is left, and every send looks again.
-"""
+"""The service's end of the socket to an engine, read by the event loop itself: no thread, and no
+task or future a message."""
 
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable
 
-import zmq
+from zllm.runtime.frames import Frames
 
-MAX_MESSAGES = 256
-"""Read at once, at most: then the loop's other work has its turn."""
+RETRY_S = 0.02
+"""Between two looks whether the engine listens."""
 
 
 class EngineSocket:
-    """What is sent before anyone listens waits in line, without bound."""
+    """What is sent waits in line, without bound, until the engine takes it."""
 
-    def __init__(self, address: str, routing_id: bytes) -> None:
-        self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.DEALER)
-        self._socket.set(zmq.ROUTING_ID, routing_id)
-        self._socket.set(zmq.SNDHWM, 0)
-        self._socket.connect(address)
-        self._descriptor = int(self._socket.get(zmq.FD))
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._on_messages: Callable[[list[bytes]], None] = _ignore
-        self._again: asyncio.Handle | None = None
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._frames: Frames | None = None
+        self._unsent: list[bytes] = []
+        """What was sent before the engine listened."""
+        self._closed = False
+        self._retry: asyncio.TimerHandle | None = None
+        self._writing = False
 
-    def listen(self, on_messages: Callable[[list[bytes]], None]) -> None:
-        """From now on the running loop gives `on_messages` all that waits, in order."""
-        self._on_messages = on_messages
+    def open(self, on_messages: Callable[[list[bytes]], None]) -> None:
+        """Connects as soon as the engine listens. From then on the running loop gives `on_messages`
+        all that has come, in order; it is never called from within send()."""
         self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(self._descriptor, self._read)
-        self._look_again()
+        self._on_messages = on_messages
+        self._connect()
 
     def send(self, message: bytes) -> None:
-        """At once, or in order as soon as the engine takes it. Once closed: dropped."""
-        if not self._socket.closed:
-            self._socket.send(message, zmq.NOBLOCK)
-            self._look_again()
+        """At once, or in order as soon as the engine takes it. Dropped once closed, or where the
+        engine has gone: that is told by its process, or its silence."""
+        if self._closed:
+            return
+        if self._frames is None:
+            self._unsent.append(message)
+            return
+        try:
+            self._frames.write(message)
+        except ConnectionError:
+            self.close()
+        else:
+            self._await_room(self._frames)
 
     def close(self) -> None:
         """Drops what was not sent yet."""
-        if self._socket.closed:
-            return
-        if self._loop is not None:
-            self._loop.remove_reader(self._descriptor)
-        if self._again is not None:
-            self._again.cancel()
-        self._context.destroy(linger=0)
+        self._closed = True
+        self._unsent.clear()
+        if self._retry is not None:
+            self._retry.cancel()
+        frames, self._frames = self._frames, None
+        if frames is not None:
+            self._loop.remove_reader(frames.fileno())
+            self._loop.remove_writer(frames.fileno())
+            frames.close()
 
-    def _look_again(self) -> None:
-        # Not read here and now: who sends is not prepared to hear before send() returns.
-        if self._loop is None or self._again is not None:
-            return
-        if int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
-            self._again = self._loop.call_soon(self._read)
-
-    def _read(self) -> None:
-        if self._again is not None:
-            self._again.cancel()
-            self._again = None
-        messages: list[bytes] = []
+    def _connect(self) -> None:
+        connecting = socket.socket(socket.AF_UNIX)
+        connecting.setblocking(False)
         try:
-            while len(messages) < MAX_MESSAGES:
-                messages.append(self._socket.recv(zmq.NOBLOCK))
-        except zmq.Again:
-            pass
-        else:
-            self._look_again()
+            connecting.connect(self._path)
+        except (FileNotFoundError, ConnectionRefusedError, BlockingIOError):
+            # Not bound yet, not listening yet, too many at once.
+            connecting.close()
+            self._retry = self._loop.call_later(RETRY_S, self._connect)
+            return
+        self._frames = Frames(connecting)
+        self._loop.add_reader(connecting.fileno(), self._read, self._frames)
+        unsent, self._unsent = self._unsent, []
+        for message in unsent:
+            self.send(message)
+
+    def _read(self, frames: Frames) -> None:
+        try:
+            messages = frames.read()
+        except ConnectionError:
+            self.close()
+            return
         if messages:
             self._on_messages(messages)
 
+    def _await_room(self, frames: Frames) -> None:
+        if frames.waiting and not self._writing:
+            self._writing = True
+            self._loop.add_writer(frames.fileno(), self._flush, frames)
 
-def _ignore(messages: list[bytes]) -> None:
-    """Until someone listens nothing is read."""
+    def _flush(self, frames: Frames) -> None:
+        try:
+            frames.flush()
+        except ConnectionError:
+            self.close()
+            return
+        if not frames.waiting:
+            self._writing = False
+            self._loop.remove_writer(frames.fileno())

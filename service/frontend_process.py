@@ -116,7 +116,7 @@ class Frontend:
     def remove_folders(self) -> None:
         """Of sockets and counts, which all frontends use: where the supervisor has died, nobody
         else does."""
-        sockets = [Path(e.address.removeprefix("ipc://")) for e in self._engines.values()]
+        sockets = [Path(e.address) for e in self._engines.values()]
         for folder in (Path(os.environ[COUNTS]), *(path.parent for path in sockets)):
             shutil.rmtree(folder, ignore_errors=True)
 

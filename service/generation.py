@@ -19,13 +19,10 @@ from zllm.service.calls import current_call
 from zllm.service.prompts import prompt_ids
 from zllm.service.rpc import Context
 from zllm.service.served_model import Models, ServedModel
-from zllm.service.streams import Delta, Finish, Stream
+from zllm.service.streams import WHOLE, Delta, Finish, Stream
 from zllm.service.tenants import current_caller
 from zllm.service.validation import MAX_REQUEST_ID_CHARS, check_options, fit_prompt
 from zllm.v1 import generation_pb2, types_pb2
-
-WHOLE = 2**31
-"""More tokens than any sequence has: a delta that waits for the end."""
 
 
 @dataclass
@@ -232,8 +229,9 @@ async def _write_stream(run: _Run, context: Context) -> None:
 
 def _delta_message(run: _Run, delta: Delta) -> generation_pb2.StreamGenerateResponse:
     message = generation_pb2.StreamGenerateResponse()
-    message.delta.num_tokens = len(delta.token_ids)
-    _fill(message.delta, run, delta)
+    sequence = message.delta
+    sequence.num_tokens = len(delta.token_ids)
+    _fill(sequence, run, delta)
     return message
 
 

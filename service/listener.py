@@ -13,6 +13,7 @@ from zllm.errors import ConfigError
 from zllm.service.auth import ApiKeys
 from zllm.service.calls import Observer
 from zllm.service.config import ServerConfig
+from zllm.service.polling_thread import let_it_wait
 from zllm.service.rpc import add_service
 
 MAX_PENDING_REQUESTS = 20_000
@@ -35,6 +36,7 @@ def make_listener(
 ) -> grpc.aio.Server:
     """A server with these services that does not listen yet. `observers` hear of users' calls."""
     server = grpc.aio.server(options=_options(config, shares_port=shares_port))
+    let_it_wait()
     for descriptor, servicer in services:
         if descriptor.full_name in USER_SERVICES:
             add_service(server, descriptor, servicer, keys, observers)

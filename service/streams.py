@@ -16,6 +16,9 @@ from zllm.errors import EngineError, Overloaded, ZllmError
 from zllm.runtime.detokenizer import Detokenizer
 from zllm.runtime.messages import FinishReason, RequestStarted, TokenLogprobs
 
+WHOLE = 2**31
+"""More tokens than any sequence has: a delta that waits for the end."""
+
 
 @dataclass(frozen=True)
 class Finish:
@@ -62,7 +65,7 @@ class Stream:
         self._finish: FinishReason | None = None
         self._closed = False
         self._error: ZllmError | None = None
-        self._waiter: asyncio.Future[None] | None = None
+        self._waiter: asyncio.Future[Delta] | None = None
         self.over = False
         """Nothing more will come."""
         self.arrived = time.monotonic()
@@ -101,9 +104,10 @@ class Stream:
             self._end(FinishReason(finish))
         elif self._eager:
             self._digest()
+        stopped = self._closed
         if self._num_pending >= self._min_tokens or self.over:
             self._wake()
-        return self._closed
+        return stopped
 
     def fail(self, error: ZllmError) -> None:
         if not self.over:
@@ -114,8 +118,31 @@ class Stream:
     async def take(self) -> Delta:
         """Waits for the next delta. Raises what the request failed with, after the deltas that
         came before."""
-        while self._num_pending < self._min_tokens and not self.over:
-            await self._change()
+        if self._num_pending >= self._min_tokens or self.over:
+            return self._gather()
+        self._waiter = asyncio.get_running_loop().create_future()
+        return await self._waiter
+
+    async def take_whole(self) -> Delta:
+        """Waits for the end and returns all of it, or raises what the request failed with."""
+        self._min_tokens = WHOLE
+        delta = await self.take()
+        if self._error is not None:
+            raise self._error
+        return delta
+
+    def _wake(self) -> None:
+        """Makes the delta here and now, not when its taker has its turn: those of a step's streams
+        are then made one after another, by code that the core still has at hand (decision 038)."""
+        waiter, self._waiter = self._waiter, None
+        if waiter is None or waiter.done():
+            return
+        try:
+            waiter.set_result(self._gather())
+        except Exception as error:
+            waiter.set_exception(error)
+
+    def _gather(self) -> Delta:
         self._digest()
         if self._error is not None and not self._token_ids:
             raise self._error
@@ -130,49 +157,32 @@ class Stream:
             self.cumulative_logprob += sum(entry.logprob for entry in delta.logprobs)
         return delta
 
-    async def take_whole(self) -> Delta:
-        """Waits for the end and returns all of it, or raises what the request failed with."""
-        while not self.over:
-            await self._change()
-        if self._error is not None:
-            raise self._error
-        return await self.take()
-
-    async def _change(self) -> None:
-        """Until push() or fail() has something for the one who takes."""
-        self._waiter = asyncio.get_running_loop().create_future()
-        await self._waiter
-
-    def _wake(self) -> None:
-        waiter, self._waiter = self._waiter, None
-        if waiter is not None and not waiter.done():
-            waiter.set_result(None)
-
     def _digest(self) -> None:
         """Turns the tokens that came into text, up to a stop string; the rest is dropped."""
         tokens, self._undigested = self._undigested, []
         if self._closed:
             return
-        shown = tokens[:-1] if self._hides_last_token() else tokens
+        shown = tokens
+        if self._finish is not None and self._hides_last_token(self._finish):
+            shown = tokens[:-1]
         text, taken = self._detokenizer.extend(shown)
-        if self._detokenizer.matched_stop is not None:
+        matched = self._detokenizer.matched_stop
+        if matched is not None:
             tokens = shown[:taken]
         elif self._finish is not None:
             text += self._detokenizer.flush()
+            matched = self._detokenizer.matched_stop
         self._text += text
         self._token_ids += tokens
-        matched = self._detokenizer.matched_stop
         if matched is not None:
             self._close(Finish(FinishReason.STOP, stop_string=matched))
         elif self._finish is not None:
             last = self._token_ids[-1] if self._finish is FinishReason.STOP else None
             self._close(Finish(self._finish, stop_token_id=last))
 
-    def _hides_last_token(self) -> bool:
+    def _hides_last_token(self, finish: FinishReason) -> bool:
         """The token that ended the turn is an id of the output, but no text of it."""
-        if self._finish is None or self._keep_stop:
-            return False
-        return self._finish in (FinishReason.EOS, FinishReason.STOP)
+        return not self._keep_stop and finish in (FinishReason.EOS, FinishReason.STOP)
 
     def _close(self, finish: Finish) -> None:
         self.finish = finish

@@ -48,7 +48,7 @@ class EngineProcess:
                 f"no folder for the engine's socket can be made in {tempfile.gettempdir()}: "
                 f"{error.strerror}; make room there, or name another one in TMPDIR"
             ) from None
-        address = f"ipc://{self._directory}/engine.sock"
+        address = str(self._directory / "engine.sock")
         self._address = address
         self._timeout = timeout
         self._keep_socket = keep_socket

@@ -10,7 +10,7 @@ for tag in manylinux_2_28 manylinux_2_27 manylinux_2_24 manylinux_2_17 manylinux
 done
 rm -rf .whl
 for name in grpcio grpcio-tools grpcio-health-checking grpcio-reflection grpcio-status \
-            googleapis-common-protos protobuf pyzmq msgspec \
+            googleapis-common-protos protobuf msgspec \
             prometheus_client structlog nvidia-ml-py; do
   python3 -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 \
     --implementation cp "${platforms[@]}" -d .whl "$(grep -i "^$name==" constraints.txt)"

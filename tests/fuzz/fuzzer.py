@@ -1,6 +1,6 @@
 """Throws random and damaged messages at every rpc of a running server.
 
-    python -m tests.fuzz.fuzzer --seconds 300 [--seed 0]
+    python -m tests.fuzz.fuzzer --seconds 300 [--seed 0] [--frontends 1]
 
 What must hold: the server and its engine go on, every call ends with a code that its rpc documents,
 no message tells of the machine, and once the calls have ended every block is free.
@@ -187,8 +187,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=300.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--frontends", type=int, default=1)
     options = parser.parse_args()
-    with serving(*PATIENT) as served:
+    with serving(*PATIENT, "--frontends", str(options.frontends)) as served:
         findings = asyncio.run(fuzz(served, options.seconds, options.seed))
     print(json.dumps(findings.report(), indent=1))
     return 1 if findings.wrong else 0

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
-import zmq
 
+from tests.runtime.framed import Framed
 from zllm.runtime.clients import Clients
-from zllm.runtime.engine_process import bind
 from zllm.runtime.messages import (
     CLIENT_SHIFT,
     AddRequest,
@@ -23,11 +23,11 @@ from zllm.runtime.messages import (
     RequestRefused,
     RequestStarted,
     Sampling,
+    Shutdown,
     StepOutput,
     Stopping,
     ToEngine,
     TokenLogprobs,
-    routing_id,
 )
 
 GREETING = EngineFailed("a message as good as any")
@@ -36,12 +36,9 @@ GREETING = EngineFailed("a message as good as any")
 class Peer:
     """A service's end of the socket."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str, number: int) -> None:
+    def __init__(self, path: str, number: int) -> None:
         self.number = number
-        self.socket = context.socket(zmq.DEALER)
-        self.socket.set(zmq.ROUTING_ID, routing_id(number))
-        self.socket.set(zmq.RCVTIMEO, 5000)
-        self.socket.connect(address)
+        self.socket = Framed.to(path)
 
     def send(self, message: ToEngine) -> None:
         self.socket.send(msgspec.msgpack.encode(message))
@@ -56,15 +53,14 @@ class Peer:
 class Shared:
     """An engine's end of the socket, and two services."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str) -> None:
-        self.context, self.address = context, address
-        self.clients: Clients = bind(address, context)
-        self.peers = [Peer(context, address, number) for number in (1, 70_000)]
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.clients = Clients(path)
+        self.peers = [Peer(path, number) for number in (1, 70_000)]
         for peer in self.peers:
-            peer.send(Attach())
-            number, message = self.take()
-            assert (number, message) == (peer.number, Attach())
-            self.clients.attach(number, GREETING)
+            peer.send(Attach(peer.number))
+            assert self.take() == (peer.number, Attach(peer.number))
+            self.clients.attach(peer.number, GREETING)
             assert peer.heard() == GREETING
 
     def take(self) -> tuple[int, ToEngine]:
@@ -92,9 +88,11 @@ class Shared:
 
 @pytest.fixture
 def shared(tmp_path: Path) -> Iterator[Shared]:
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    yield Shared(context, f"ipc://{tmp_path}/engine.sock")
-    context.destroy(linger=0)
+    shared = Shared(str(tmp_path / "engine.sock"))
+    yield shared
+    shared.clients.close()
+    for peer in shared.peers:
+        peer.socket.close()
 
 
 def step(*entries: tuple[int, int, int], **lists: list[object]) -> StepOutput:
@@ -151,7 +149,7 @@ def test_requests_of_a_client_that_has_gone_are_orphans_and_ended_ones_are_not(
     shared.clients.publish(
         step((kept[0], 1, 0), (ended, 1, 2), refused=[RequestRefused(refused, "no")])
     )
-    other.socket.close(linger=0)
+    other.socket.close()
     assert shared.until_orphans() == [kept[1]]
     assert not shared.clients.take_orphans()
     assert not shared.clients.began(other.number, other.request(4))
@@ -164,11 +162,48 @@ def test_requests_of_a_client_that_has_gone_are_orphans_and_ended_ones_are_not(
 def test_a_client_that_comes_again_leaves_its_old_requests_as_orphans(shared: Shared) -> None:
     one, other = shared.peers
     left, kept = shared.begin(one, 1), shared.begin(other, 1)
-    again = Peer(shared.context, shared.address, one.number)
-    again.send(Attach())
-    assert shared.take() == (one.number, Attach())
+    again = Peer(shared.path, one.number)
+    again.send(Attach(one.number))
+    assert shared.take() == (one.number, Attach(one.number))
     shared.clients.attach(one.number, GREETING)
     assert again.heard() == GREETING
     assert shared.clients.take_orphans() == [left]
     shared.clients.publish(step((kept, 1, 0)))
     assert isinstance(other.heard(), StepOutput)
+    again.socket.close()
+
+
+def test_a_client_that_does_not_read_holds_up_nobody_and_misses_nothing(shared: Shared) -> None:
+    one, other = shared.peers
+    stalled, live = shared.begin(one, 1), shared.begin(other, 1)
+    text = "x" * 2000
+    for count in range(500):
+        refused = [RequestRefused(one.request(9), text)]
+        shared.clients.publish(step((stalled, count, 0), (live, count, 0), refused=refused))
+        assert other.heard() == step((live, count, 0))
+    for count in range(500):
+        shared.clients.poll(0)
+        heard = one.heard()
+        assert isinstance(heard, StepOutput)
+        assert heard.tokens == np.array([count], "<i4").tobytes()
+
+
+def test_who_does_not_say_who_it_is_is_shown_out(shared: Shared) -> None:
+    stranger = Framed.to(shared.path)
+    stranger.send(msgspec.msgpack.encode(Shutdown()))
+    assert not shared.clients.poll(50)
+    with pytest.raises(ConnectionError):
+        stranger.recv()
+    stranger.close()
+
+
+def test_last_words_go_out_before_the_socket_closes(shared: Shared) -> None:
+    one, other = shared.peers
+    text = "x" * 2_000_000
+    shared.clients.send(one.number, EngineFailed(text))
+    closing = threading.Thread(target=shared.clients.close, args=(5.0,))
+    closing.start()
+    assert one.heard() == EngineFailed(text)
+    closing.join()
+    with pytest.raises(ConnectionError):
+        other.heard()

@@ -75,7 +75,7 @@ async def running(
     config = config or ServerConfig(port=0, admin_port=0)
     async with AsyncExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
-        thread = EngineThread(engine, f"ipc://{folder}/engine.sock")
+        thread = EngineThread(engine, f"{folder}/engine.sock")
         client = EngineClient(thread.address, timeout=timeout)
         stack.push_async_callback(_end, thread, client)
         ready = await client.connect()

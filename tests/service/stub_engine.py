@@ -15,9 +15,9 @@ from collections import deque
 from dataclasses import dataclass, field
 
 import numpy as np
-import zmq
 
-from zllm.runtime.engine_process import EngineLoop, bind
+from zllm.runtime.clients import Clients
+from zllm.runtime.engine_process import EngineLoop
 from zllm.runtime.engine_stats import STEP_SECONDS, StepTally, Tally
 from zllm.runtime.messages import (
     AddRequest,
@@ -222,9 +222,9 @@ class EngineThread:
         self._thread.start()
 
     def _run(self) -> None:
-        context = zmq.Context()
-        EngineLoop(self.engine, bind(self.address, context), step_limit_s=0.5).run()
-        context.destroy(linger=0)
+        clients = Clients(self.address)
+        EngineLoop(self.engine, clients, step_limit_s=0.5).run()
+        clients.close()
 
     def join(self) -> None:
         self.engine.frozen.clear()
@@ -240,7 +240,7 @@ def main(address: str) -> None:
 
     threading.Thread(target=watch_parent, daemon=True).start()
     step_s = float(os.environ.get("STUB_STEP_S", "0.001"))
-    EngineLoop(StubEngine(step_s=step_s), bind(address)).run()
+    EngineLoop(StubEngine(step_s=step_s), Clients(address)).run()
 
 
 if __name__ == "__main__":

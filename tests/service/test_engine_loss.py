@@ -11,9 +11,9 @@ from pathlib import Path
 
 import msgspec
 import pytest
-import zmq
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from tests.runtime.framed import Listening
 from tests.service.harness import Harness, running
 from tests.service.stub_engine import StubEngine
 from zllm.errors import ConfigError, Unavailable
@@ -37,17 +37,11 @@ NO_MESSAGE = b"\xc1"
 
 
 @pytest.fixture
-def raw_engine(tmp_path: Path) -> Iterator[zmq.Socket[bytes]]:
+def raw_engine(tmp_path: Path) -> Iterator[Listening]:
     """An engine's end of the socket, for a test to speak through."""
-    context = zmq.Context()
-    socket = context.socket(zmq.DEALER)
-    socket.bind(f"ipc://{tmp_path}/engine.sock")
-    yield socket
-    context.destroy(linger=0)
-
-
-def address_of(socket: zmq.Socket[bytes]) -> str:
-    return socket.get(zmq.LAST_ENDPOINT).rstrip(b"\0").decode()
+    engine = Listening(str(tmp_path / "engine.sock"))
+    yield engine
+    engine.close()
 
 
 async def health(server: Harness, service: str = "") -> int:
@@ -78,18 +72,20 @@ async def test_a_hung_engine_fails_its_requests_and_comes_back() -> None:
 
 
 async def test_what_is_no_message_fails_the_streams_that_it_may_have_spoken_of(
-    raw_engine: zmq.Socket[bytes],
+    raw_engine: Listening,
 ) -> None:
-    client = EngineClient(address_of(raw_engine), timeout=60)
-    raw_engine.send(msgspec.msgpack.encode(StubEngine().ready()))
-    await client.connect()
+    client = EngineClient(raw_engine.path, timeout=60)
+    connecting = asyncio.create_task(client.connect())
+    await asyncio.sleep(0)
+    raw_engine.framed.send(msgspec.msgpack.encode(StubEngine().ready()))
+    await connecting
     stream = Stream(Detokenizer(load_tokenizer(EMBEDDED_MODEL)))
     client.submit(AddRequest(0, b"\0" * 4, Sampling(), Stopping(max_tokens=1)), stream)
-    raw_engine.send(NO_MESSAGE)
+    raw_engine.framed.send(NO_MESSAGE)
     with pytest.raises(Unavailable, match="no message"):
         await stream.take()
     assert not client.healthy
-    raw_engine.send(msgspec.msgpack.encode(Heartbeat(Load())))
+    raw_engine.framed.send(msgspec.msgpack.encode(Heartbeat(Load())))
     async with asyncio.timeout(5):
         while not client.healthy:
             await asyncio.sleep(0.01)
@@ -97,12 +93,14 @@ async def test_what_is_no_message_fails_the_streams_that_it_may_have_spoken_of(
 
 
 async def test_an_engine_that_begins_with_what_is_no_message_does_not_start(
-    raw_engine: zmq.Socket[bytes],
+    raw_engine: Listening,
 ) -> None:
-    client = EngineClient(address_of(raw_engine), timeout=60)
-    raw_engine.send(NO_MESSAGE)
+    client = EngineClient(raw_engine.path, timeout=60)
+    connecting = asyncio.create_task(client.connect())
+    await asyncio.sleep(0)
+    raw_engine.framed.send(NO_MESSAGE)
     with pytest.raises(ConfigError, match="no message"):
-        await client.connect()
+        await connecting
     await client.close()
 
 

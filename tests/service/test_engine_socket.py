@@ -1,4 +1,4 @@
-"""The descriptor of a ZeroMQ socket tells of changes only: no message may wait unread for one."""
+"""The service's end of the socket: nothing is lost, nothing waits, and close() is the end."""
 
 from __future__ import annotations
 
@@ -8,20 +8,9 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
-import zmq
 
-from zllm.service.engine_socket import MAX_MESSAGES, EngineSocket
-
-
-class Peer:
-    """The engine's end, used from the test's own thread."""
-
-    def __init__(self, address: str) -> None:
-        self.context = zmq.Context()
-        self.socket = self.context.socket(zmq.DEALER)
-        self.socket.set(zmq.SNDHWM, 0)
-        self.socket.set(zmq.RCVTIMEO, 5000)
-        self.socket.bind(address)
+from tests.runtime.framed import Framed, Listening
+from zllm.service.engine_socket import EngineSocket
 
 
 class Heard:
@@ -46,74 +35,59 @@ class Heard:
 
 
 @pytest.fixture
-async def pair(tmp_path: Path) -> AsyncIterator[tuple[Peer, EngineSocket, Heard]]:
-    address = f"ipc://{tmp_path}/engine.sock"
-    peer, socket = Peer(address), EngineSocket(address, b"test")
-    yield peer, socket, Heard()
+async def pair(tmp_path: Path) -> AsyncIterator[tuple[Framed, EngineSocket, Heard]]:
+    """The engine's end, used from the test's own thread, and the service's, open."""
+    path = str(tmp_path / "engine.sock")
+    engine, socket, heard = Listening(path), EngineSocket(path), Heard()
+    socket.open(heard)
+    yield engine.framed, socket, heard
     socket.close()
-    peer.context.destroy(linger=0)
+    engine.close()
 
 
-def numbers(count: int, start: int = 0) -> list[bytes]:
-    return [b"%d" % number for number in range(start, start + count)]
+def numbers(count: int) -> list[bytes]:
+    return [b"%d" % number for number in range(count)]
 
 
-async def test_what_came_before_anyone_listened_is_heard_in_order(
-    pair: tuple[Peer, EngineSocket, Heard],
-) -> None:
-    peer, socket, heard = pair
-    for message in numbers(10):
-        peer.socket.send(message)
-    await asyncio.sleep(0.1)
-    assert not heard.all
-    socket.listen(heard)
-    await heard.until(10)
-    assert heard.all == numbers(10)
+async def test_it_connects_once_the_engine_listens_and_says_what_waited(tmp_path: Path) -> None:
+    path = str(tmp_path / "engine.sock")
+    socket, heard = EngineSocket(path), Heard()
+    socket.send(b"before it was opened")
+    socket.open(heard)
+    socket.send(b"before the engine listened")
+    await asyncio.sleep(0.05)
+    engine = Listening(path)
+    async with asyncio.timeout(5):
+        framed = await asyncio.to_thread(lambda: engine.framed)
+    assert framed.recv() == b"before it was opened"
+    assert framed.recv() == b"before the engine listened"
+    framed.send(b"hello")
+    await heard.until(1)
+    socket.close()
+    engine.close()
 
 
 async def test_messages_that_wait_while_the_loop_is_busy_come_together(
-    pair: tuple[Peer, EngineSocket, Heard],
+    pair: tuple[Framed, EngineSocket, Heard],
 ) -> None:
-    peer, socket, heard = pair
-    socket.listen(heard)
-    peer.socket.send(b"first")
-    await heard.until(1)
+    peer, _, heard = pair
     for message in numbers(100):
-        peer.socket.send(message)
-    time.sleep(0.1)  # the loop is busy
-    await heard.until(101)
-    assert heard.all == [b"first", *numbers(100)]
-    assert len(heard.portions) < 10
+        peer.send(message)
+    time.sleep(0.01)  # the loop is busy
+    await heard.until(100)
+    assert heard.portions == [numbers(100)]
 
 
-async def test_a_burst_beyond_one_portion_is_heard_to_its_end(
-    pair: tuple[Peer, EngineSocket, Heard],
-) -> None:
-    peer, socket, heard = pair
-    socket.listen(heard)
-    count = 3 * MAX_MESSAGES + 7
-    for message in numbers(count):
-        peer.socket.send(message)
-    await heard.until(count)
-    assert heard.all == numbers(count)
-    assert max(map(len, heard.portions)) <= MAX_MESSAGES
-
-
-async def test_a_send_does_not_swallow_the_sign_of_a_message_that_waits(
-    pair: tuple[Peer, EngineSocket, Heard],
-) -> None:
-    peer, socket, heard = pair
-    socket.listen(heard)
-    for turn in range(200):
-        peer.socket.send(b"%d" % turn)
-        arrived(socket)
-        socket.send(b"thanks")
-        await heard.until(turn + 1)
-    assert heard.all == numbers(200)
+async def test_a_burst_is_heard_to_its_end(pair: tuple[Framed, EngineSocket, Heard]) -> None:
+    peer, _, heard = pair
+    sent = [bytes(50_000) + b"%d" % number for number in range(100)]
+    await asyncio.to_thread(lambda: [peer.send(message) for message in sent])
+    await heard.until(100)
+    assert heard.all == sent
 
 
 async def test_who_hears_may_send_and_is_not_called_from_within(
-    pair: tuple[Peer, EngineSocket, Heard],
+    pair: tuple[Framed, EngineSocket, Heard],
 ) -> None:
     peer, socket, heard = pair
     inside = False
@@ -124,42 +98,62 @@ async def test_who_hears_may_send_and_is_not_called_from_within(
         inside = True
         for message in messages:
             if len(heard.all) < 50:
-                peer.socket.send(b"more")
+                peer.send(b"more")
             socket.send(message)
         inside = False
 
     heard.then = answer
-    socket.listen(heard)
-    peer.socket.send(b"one")
+    peer.send(b"one")
     await heard.until(50)
-    assert [peer.socket.recv() for _ in range(50)] == heard.all[:50]
+    assert [peer.recv() for _ in range(50)] == heard.all[:50]
 
 
-async def test_what_is_sent_without_a_reader_waits_in_order(
-    pair: tuple[Peer, EngineSocket, Heard],
+async def test_what_the_engine_does_not_read_waits_in_order(
+    pair: tuple[Framed, EngineSocket, Heard],
 ) -> None:
     peer, socket, _ = pair
-    sent = numbers(5000)
+    sent = [bytes(1000) + number for number in numbers(5000)]
     for message in sent:
         socket.send(message)
-    assert [peer.socket.recv() for _ in sent] == sent
+    assert await asyncio.to_thread(lambda: [peer.recv() for _ in sent]) == sent
+    socket.send(b"and goes on")
+    assert peer.recv() == b"and goes on"
+
+
+async def test_an_engine_that_has_gone_costs_nothing(
+    pair: tuple[Framed, EngineSocket, Heard],
+) -> None:
+    peer, socket, heard = pair
+    peer.send(b"last words")
+    peer.close()
+    await heard.until(1)
+    await asyncio.sleep(0.01)
+    socket.send(b"dropped")
+    assert heard.all == [b"last words"]
 
 
 async def test_nothing_is_heard_after_close_and_sends_are_dropped(
-    pair: tuple[Peer, EngineSocket, Heard],
+    pair: tuple[Framed, EngineSocket, Heard],
 ) -> None:
     peer, socket, heard = pair
-    socket.listen(heard)
-    for message in numbers(MAX_MESSAGES + 1):
-        peer.socket.send(message)
     heard.then = lambda messages: socket.close()
+    peer.send(b"heard")
     await heard.until(1)
     socket.send(b"dropped")
     socket.close()
-    await asyncio.sleep(0.05)
-    assert len(heard.portions) == 1
+    with pytest.raises(ConnectionError):
+        peer.recv()
+    assert heard.all == [b"heard"]
 
 
-def arrived(socket: EngineSocket) -> None:
-    """Waits for a message while the loop stands still, and takes the descriptor's sign of it."""
-    assert socket._socket.poll(5000)
+async def test_it_can_be_closed_before_the_engine_ever_listened(tmp_path: Path) -> None:
+    socket = EngineSocket(str(tmp_path / "engine.sock"))
+    socket.send(b"dropped")
+    socket.open(Heard())
+    socket.close()
+    engine = Listening(str(tmp_path / "engine.sock"))
+    await asyncio.sleep(0.1)
+    engine._listener.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        engine._listener.accept()
+    engine.close()

@@ -17,15 +17,15 @@ from zllm.v1 import admin_pb2
 
 SECRET = "/secret/model.safetensors"
 ONCE = """
-import os, runpy, sys, zmq
-from zllm.runtime import engine_process, messages
+import os, runpy, sys
+from zllm.runtime import clients, messages
 try:
     os.close(os.open({mark!r}, os.O_CREAT | os.O_EXCL))
 except FileExistsError:
-    clients = engine_process.bind(sys.argv[-1])
-    client, _ = clients.receive()
-    clients.send(client, messages.EngineFailed("cannot read " + {secret!r}))
-    zmq.Context.instance().destroy(linger=5000)
+    engine = clients.Clients(sys.argv[-1])
+    client, _ = engine.receive()
+    engine.send(client, messages.EngineFailed("cannot read " + {secret!r}))
+    engine.close(linger_s=5.0)
     sys.exit(1)
 runpy.run_path({stub!r}, run_name="__main__")
 """
