@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # All that is checked on a GPU, in one go; run it after `source benchmarks/gpu/setup.sh`.
-# Usage: benchmarks/gpu/check.sh OUTPUT_FOLDER
+# Usage: benchmarks/gpu/check.sh OUTPUT_FOLDER [speed|correctness], both without the second
 set -uo pipefail
 out=$1
+part=${2:-both}
 started=$SECONDS
 say() { echo "[$((SECONDS - started)) s] $*"; }
 gpu_tests=(python3 -m pytest tests/cuda -m gpu -q -p no:cacheprovider --timeout 200)
 
+if [[ $part != correctness ]]; then
 say "whole models"
 python3 benchmarks/offline.py --start "$(mktemp -d)" --json "$out/offline.json" \
   --plot "$out/decode-step.png" 2>&1 | tee "$out/offline.txt"
@@ -17,6 +19,8 @@ for arguments in "0.6b --sequences 1 64 256" "4b --sequences 1 64"; do
   echo "\$ profile_step.py $arguments" && python3 benchmarks/gpu/profile_step.py $arguments
 done >"$out/profile.txt" 2>&1
 grep "us a step" "$out/profile.txt"
+fi
+[[ $part == speed ]] && exit
 
 # Correctness from here on: what follows may share the GPU.
 # cuda-bindings asks the driver for symbols that it may lack: that is no error of ours.
@@ -24,12 +28,12 @@ sanitize() {
   timeout 240 compute-sanitizer --tool "$1" --report-api-errors no --target-processes all \
     "${gpu_tests[@]}" -k small >"$out/$1.txt" 2>&1
 }
+say "the demo, over gRPC"
+python3 -m zllm demo 2>&1 | grep -vE "^ " | tail -24
 say "tests, and the small ones under memcheck and racecheck"
 (sanitize memcheck; sanitize racecheck) &
 "${gpu_tests[@]}" >"$out/tests.txt" 2>&1
 grep -E "^(FAILED|ERROR|E  )|passed|failed" "$out/tests.txt" | tail -30
-say "the demo, over gRPC"
-python3 -m zllm demo 2>&1 | grep -vE "^ " | tail -24
 wait
 grep -E "passed|failed|ERROR SUMMARY|RACECHECK SUMMARY" "$out/memcheck.txt" "$out/racecheck.txt"
 say "done"
