@@ -42,7 +42,8 @@ __device__ __forceinline__ float silu(float x) { return x / (1.f + __expf(-x)); 
 // partials: [Groups][row of x][row of the tile], a row of x every Rows + 4 floats; squares, if
 // Norm: [Groups][row of x], sums over k of x^2. Each of the Split blocks of the
 // cluster holds a part of every sum; the one of this rank adds and stores its share of the tile.
-// Begins and ends with a barrier.
+// Called by the block's first Warps warps; begins and ends with a barrier among them, or, with Split,
+// of the whole cluster.
 template <int Rows, int Cols, int Groups, int Split, int Warps, bool Norm, bool Add, bool Gated,
           typename T>
 __device__ __forceinline__ void finish_tile(const Epilogue<T>& to, Tile tile, const float* partials,
@@ -84,7 +85,7 @@ __device__ __forceinline__ void finish_tile(const Epilogue<T>& to, Tile tile, co
   if constexpr (Split > 1)
     sync_cluster();
   else
-    __syncthreads();
+    sync_group<32 * Warps>(0);
   const auto total = [&](const float* at) {
     float4 sum{};
 #pragma unroll
@@ -137,5 +138,5 @@ __device__ __forceinline__ void finish_tile(const Epilogue<T>& to, Tile tile, co
   if constexpr (Split > 1)
     sync_cluster_relaxed();
   else
-    __syncthreads();
+    sync_group<32 * Warps>(0);
 }

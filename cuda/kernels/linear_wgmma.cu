@@ -167,10 +167,13 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         }
       }
     }
-    if constexpr (STAGED)
-      finish_tile<64 * WARPGROUPS, COLS, 1, SPLIT, THREADS / 32, false, ADD, GATED>(
-          Epilogue<SCALAR>{out, residual, 0.f, m, n, k}, tile,
-          reinterpret_cast<const float*>(shared), nullptr, rank);
+    if constexpr (STAGED) {
+      constexpr int warps = (SPLIT > 1 ? THREADS : CONSUMERS) / 32;
+      if (threadIdx.x < 32 * warps)
+        finish_tile<64 * WARPGROUPS, COLS, 1, SPLIT, warps, false, ADD, GATED>(
+            Epilogue<SCALAR>{out, residual, 0.f, m, n, k}, tile,
+            reinterpret_cast<const float*>(shared), nullptr, rank);
+    }
   }
 #endif
 }
