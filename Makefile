@@ -15,7 +15,7 @@ serve: build
 	$(BIN)/zllm serve $(ARGS)
 
 test: build
-	$(BIN)/python -m pytest tests -q $(ARGS)
+	$(BIN)/python -m pytest -q $(ARGS)
 
 # The folders' names differ from their import names: mypy gets a tree of links.
 lint: build

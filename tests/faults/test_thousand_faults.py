@@ -54,7 +54,9 @@ async def deadlines(server: Harness, rng: random.Random, count: int) -> None:
 
     async def one() -> None:
         method = rng.choice([stub.StreamGenerate, stub.Generate])
-        call = method(endless(), timeout=rng.random() * 0.2)
+        # Some expire before the engine has heard of them; the others later, on a slow machine too.
+        timeout = rng.uniform(0.0, 0.1) if rng.random() < 0.3 else rng.uniform(0.3, 0.7)
+        call = method(endless(), timeout=timeout)
         assert await call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
 
     await asyncio.gather(*(one() for _ in range(count)))
@@ -65,6 +67,8 @@ async def stream_resets(server: Harness, rng: random.Random, count: int) -> None
 
     async def one() -> None:
         stream = connection.call(endless())
+        if rng.random() < 0.7:
+            await connection.until_answered({stream})
         await moment(rng)
         connection.reset_stream(stream)
 
@@ -133,7 +137,6 @@ async def test_nothing_is_kept_of_a_thousand(
         await commit(server, fault, rng, FAULTS)
         await server.until_idle()
         await assert_given_back(before)
-        # How many end before the engine has heard of them is a matter of the machine.
-        assert len(engine.seen) > FAULTS // 4
+        assert len(engine.seen) > FAULTS // 2
     # Clients leave at all times: that is no error of the server's.
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
