@@ -125,10 +125,11 @@ class SkinnyLinear:
         residual: bool = False,
         gated: bool = False,
     ) -> Iterator[Program]:
-        """The programs that products with an [n, k] weight need, whatever M. `norm`: fused as far
-        as it can be."""
-        for m in (8, *TALL_ROWS):
-            if self._takes(m, n, gated):
+        """The programs that products with an [n, k] weight need, whatever M; none for what is
+        cuBLAS's. `norm`: fused as far as it can be."""
+        sizes = (8, *TALL_ROWS)
+        for fewest, m in zip((1, *(size + 1 for size in sizes)), sizes, strict=False):
+            if self._takes(m, n, gated) and self.supports(fewest, n, k, dtype, gated):
                 plan = self._plan(m, n, k, gated)
                 source = (_TALL if isinstance(plan, Tall) else _SKINNY)[0]
                 with_norm = norm and m <= self.MAX_NORM_ROWS

@@ -21,7 +21,7 @@ from zllm.runtime.kv_cache import kv_cache_dtype
 from zllm.runtime.model_config import ModelConfig
 
 _MAX_NUM_BATCHED_TOKENS = 8192
-"""Where somebody waits for single tokens: twice as many gain up to 3% (docs/performance.md)."""
+"""Where somebody waits for single tokens: twice as many gain up to 3% (docs/decisions/072)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -146,8 +146,8 @@ class LLM:
         request_id, self._next_id = self._next_id, self._next_id + 1
         completion = CompletionOutput(logprobs=None if params.logprobs is None else [])
         text = prompt if isinstance(prompt, str) else None
-        given = prompt if isinstance(prompt, list) else ids.tolist()
-        output = RequestOutput(request_id, text, list(given), [completion])
+        given = list(prompt) if isinstance(prompt, list) else ids.tolist()
+        output = RequestOutput(request_id, text, given, [completion])
         detokenizer = None
         if params.stop and self.tokenizer is not None:
             detokenizer = Detokenizer(
