@@ -156,6 +156,22 @@ class Kernel:
         check_status(status, f"{self.function}: {name}")
         return int(value)
 
+    def clusters_at_once(self, size: int, threads: int, shared_bytes: int) -> int:
+        """Clusters of `size` thread blocks of it that the device holds."""
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        attribute.value.clusterDim.x = size
+        attribute.value.clusterDim.y = attribute.value.clusterDim.z = 1
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = size, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+        config.attrs, config.numAttrs = [attribute], 1
+        self._allow_shared(shared_bytes)
+        config.sharedMemBytes = shared_bytes
+        status, count = driver.cuOccupancyMaxActiveClusters(self._handle, config)
+        check_status(status, f"{self.function}: clusters of {size}")
+        return int(count)
+
     def _allow_shared(self, shared_bytes: int) -> None:
         which = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         (status,) = driver.cuFuncSetAttribute(self._handle, which, shared_bytes)
@@ -191,6 +207,15 @@ class KernelLibrary:
         self.pdl = properties.major >= 9
         """Whether the device knows programmatic dependent launch."""
         self._kernels: dict[tuple[Any, ...], Kernel] = {}
+        self._clusters: dict[int, int] = {}
+
+    def clusters_at_once(self, size: int) -> int:
+        """Clusters that run at once of `size` blocks that each fill a multiprocessor: those of a
+        cluster lie in one group of multiprocessors, and groups differ from device to device."""
+        if size not in self._clusters:
+            probe = self.get("probe.cu", "probe")
+            self._clusters[size] = probe.clusters_at_once(size, 128, 200 * 1024)
+        return self._clusters[size]
 
     def get(
         self, source: str, function: str, defines: Mapping[str, str | int] | None = None

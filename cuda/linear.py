@@ -15,19 +15,19 @@ from zllm.cuda.compiler import Program
 from zllm.cuda.launcher import KernelLibrary
 from zllm.cuda.linear_plans import (
     SHARED_BYTES,
-    TALL_ROWS,
+    TILE_ROWS,
     UNIT,
     Skinny,
-    Tall,
+    Tiled,
     faster_than_cublas,
     skinny_plan,
-    tall_plan,
+    tiled_plan,
 )
 from zllm.cuda.tensor_map import TensorMaps
 from zllm.errors import KernelError
 
 _SKINNY = "linear_skinny.cu", "linear_skinny"
-_TALL = "linear_wgmma.cu", "linear_wgmma"
+_TILED = "linear_wgmma.cu", "linear_wgmma"
 _SCALARS = {torch.bfloat16: "__nv_bfloat16", torch.float16: "__half"}
 _VECTOR = 8
 """Elements in the 16 bytes that one copy moves at least."""
@@ -44,7 +44,7 @@ class SkinnyLinear:
         properties: Any = torch.cuda.get_device_properties(library.device)
         self._hopper: bool = (properties.major, properties.minor) == (9, 0)
         self._limit = min(SHARED_BYTES, properties.shared_memory_per_block_optin)
-        self.max_rows = TALL_ROWS[-1] if self._hopper else 16
+        self.max_rows = TILE_ROWS[-1] if self._hopper else 16
         """Rows of x that `linear` takes."""
         self._maps = TensorMaps()
 
@@ -90,24 +90,26 @@ class SkinnyLinear:
 
         plan = self._plan(m, weight.shape[0], k, gated)
         macros = _macros(plan, x.dtype, norm is not None, residual is not None, gated)
-        if isinstance(plan, Tall):
-            kernel = self._library.get(*_TALL, macros)
-            x_map = self._maps.get(x, (k, m), (k,), (plan.DEPTH, 8 * plan.ntiles))
-            if gated:
-                sizes, box = (k, 8, 2, n // 8), (plan.DEPTH, 8, 2, plan.rows // (2 * UNIT))
-                w_map = self._maps.get(weight, sizes, (k, n * k, 8 * k), box)
-            else:
-                w_map = self._maps.get(weight, (k, n), (k,), (plan.DEPTH, plan.rows))
-            blocks = plan.owners(self._library.num_sms) * plan.split
-            shared_bytes = plan.shared_bytes
-            args: tuple[Any, ...] = (x_map, w_map, out, residual, m, n, k)
-        else:
+        if isinstance(plan, Skinny):
             kernel = self._library.get(*_SKINNY, macros)
             blocks = min(n, self._library.num_sms // plan.cluster) * plan.cluster
+            grid = (blocks, 1, 1)
             shared_bytes = plan.shared_bytes(norm is not None)
-            args = (x, weight, out, residual, norm, float(eps), m, n, k)
+            args: tuple[Any, ...] = (x, weight, out, residual, norm, float(eps), m, n, k)
+        else:
+            x_rows = plan.x_rows(m)
+            kernel = self._library.get(*_TILED, macros)
+            x_map = self._maps.get(x, (k, m), (k,), (plan.DEPTH, x_rows))
+            if gated:
+                sizes, box = (k, 8, 2, n // 8), (plan.DEPTH, 8, 2, plan.columns // (2 * UNIT))
+                w_map = self._maps.get(weight, sizes, (k, n * k, 8 * k), box)
+            else:
+                w_map = self._maps.get(weight, (k, n), (k,), (plan.DEPTH, plan.columns))
+            grid = plan.grid(m, weight.shape[0])
+            shared_bytes = plan.shared_bytes
+            args = (x_map, w_map, out, residual, m, n, k, x_rows)
         kernel.launch(
-            (blocks, 1, 1),
+            grid,
             (plan.threads, 1, 1),
             args,
             shared_bytes=shared_bytes,
@@ -127,20 +129,21 @@ class SkinnyLinear:
     ) -> Iterator[Program]:
         """The programs that products with an [n, k] weight need, whatever M; none for what is
         cuBLAS's. `norm`: fused as far as it can be."""
-        sizes = (8, *TALL_ROWS)
+        sizes = (8, *TILE_ROWS)
         for fewest, m in zip((1, *(size + 1 for size in sizes)), sizes, strict=False):
             if self._takes(m, n, gated) and self.supports(fewest, n, k, dtype, gated):
                 plan = self._plan(m, n, k, gated)
-                source = (_TALL if isinstance(plan, Tall) else _SKINNY)[0]
+                source = (_TILED if isinstance(plan, Tiled) else _SKINNY)[0]
                 with_norm = norm and m <= self.MAX_NORM_ROWS
                 yield Program(source, _macros(plan, dtype, with_norm, residual, gated))
 
     def _takes(self, m: int, n: int, gated: bool) -> bool:
         return 1 <= m <= self.max_rows and (m <= 16 or not gated or n // 2 % UNIT == 0)
 
-    def _plan(self, m: int, n: int, k: int, gated: bool) -> Skinny | Tall:
+    def _plan(self, m: int, n: int, k: int, gated: bool) -> Skinny | Tiled:
         if self._hopper and m > 8 and not (gated and n // 2 % UNIT):
-            return tall_plan(m, n, k, self._library.num_sms, gated)
+            library = self._library
+            return tiled_plan(m, n, k, library.num_sms, library.clusters_at_once(4), gated)
         return skinny_plan(m, n, self._library.num_sms).fit(self._limit)
 
     def _check_operands(self, x: Tensor, weight: Tensor, gated: bool) -> tuple[int, int]:
@@ -164,7 +167,7 @@ class SkinnyLinear:
 
 
 def _macros(
-    plan: Skinny | Tall, dtype: torch.dtype, norm: bool, residual: bool, gated: bool
+    plan: Skinny | Tiled, dtype: torch.dtype, norm: bool, residual: bool, gated: bool
 ) -> dict[str, str | int]:
     fused = {"ADD": int(residual), "GATED": int(gated)}
     if isinstance(plan, Skinny):

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 SHARED_BYTES = 113 * 1024
 """What lets a block share its multiprocessor with one of the kernel that follows (228 KiB)."""
 MOST_SHARED_BYTES = 220 * 1024
-_MOST_ROWS = 192
-TALL_ROWS = (16, 32, 64, 96, 128)
+TILE_ROWS = (64, 128, 192, 256)
 """Rows of x that linear_wgmma.cu is compiled for."""
 UNIT = 8
-"""Rows of W in which linear_wgmma.cu divides: one pattern of its shared memory's swizzle."""
+"""Rows in which linear_wgmma.cu divides: one pattern of its shared memory's swizzle."""
+_MOST_COLUMNS = 192
 
 
 @dataclass(frozen=True)
@@ -60,73 +60,73 @@ class Skinny:
 
 
 @dataclass(frozen=True)
-class Tall:
+class Tiled:
     """The macros of linear_wgmma.cu."""
 
     DEPTH = 64
 
     rows: int
-    """Of W in a tile: a multiple of 8, gated of 16."""
-    ntiles: int
+    """Of x in a tile: a multiple of 64."""
+    columns: int
+    """Rows of W in a tile: a multiple of 8, gated of 16."""
     split: int
-    shared_limit: int
-    one_tile: bool
-    """Whether a block's share of W is one tile, whose sums may then meet in the ring."""
+    """Blocks of a cluster, which divide k."""
+    blocks_per_sm: int
 
     @property
-    def warpgroups(self) -> int:
-        return _ceil(self.rows, 64)
+    def _warpgroups(self) -> int:
+        return 2 if self.rows == 256 else self.rows // 64
 
     @property
     def threads(self) -> int:
-        return 128 * self.warpgroups + 32
+        return 128 * (self._warpgroups + 1)
 
-    @property
-    def stages(self) -> int:
-        return min(12, (self.shared_limit - self._tail_bytes) // (self._stage_bytes + 16))
+    def x_rows(self, m: int) -> int:
+        """Of m rows of x, those in a tile."""
+        tiles = _ceil(m, self.rows)
+        return _ceil(_ceil(m, tiles), UNIT) * UNIT
 
     @property
     def _stage_bytes(self) -> int:
-        return (self.rows + 8 * self.ntiles) * self.DEPTH * 2
+        return (self.rows + self.columns) * self.DEPTH * 2
 
     @property
-    def _tail_bytes(self) -> int:
-        """What the last warpgroup reads behind the last stage, as it reads 64 rows."""
-        return max(64 * self.warpgroups * self.DEPTH * 2 - self._stage_bytes, 0)
+    def stages(self) -> int:
+        limit = MOST_SHARED_BYTES if self.blocks_per_sm == 1 else SHARED_BYTES
+        return min(12, limit // (self._stage_bytes + 16))
 
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory: the ring and its barriers."""
-        return self.stages * (self._stage_bytes + 16) + self._tail_bytes
+        return self.stages * (self._stage_bytes + 16)
 
     @property
-    def staged(self) -> bool:
-        """Whether a tile's sums go through shared memory, and so to whole lines of the output."""
-        sums = 8 * self.ntiles * (64 * self.warpgroups + 4) * 4
-        return self.one_tile and sums <= self.stages * self._stage_bytes
+    def chunk(self) -> int:
+        """The columns whose partial sums fit the ring at once."""
+        ring = self.stages * self._stage_bytes
+        unit = 2 * UNIT if self.columns % (2 * UNIT) == 0 else UNIT
+        parts = 1
+        while self.columns % (unit * parts) or 4 * self.rows * (self.columns // parts + 4) > ring:
+            parts += 1
+        return self.columns // parts
 
-    def owners(self, num_sms: int) -> int:
-        """Clusters of the grid."""
-        return _clusters(num_sms, self.split)
+    def grid(self, m: int, n: int) -> tuple[int, int, int]:
+        return _ceil(n, self.columns) * self.split, _ceil(m, self.rows), 1
 
     def macros(self) -> dict[str, int]:
         return {
-            "ROWS": self.rows,
-            "NTILES": self.ntiles,
+            "WARPGROUPS": self._warpgroups,
+            "TILES": self.rows // (64 * self._warpgroups),
+            "COLUMNS": self.columns,
+            "CHUNK": self.chunk,
             "STAGES": self.stages,
             "SPLIT": self.split,
-            "STAGED": int(self.staged),
+            "BLOCKS": self.blocks_per_sm,
         }
 
 
 def _ceil(a: int, b: int) -> int:
     return -(-a // b)
-
-
-def _clusters(num_sms: int, blocks: int) -> int:
-    """Clusters that run at once. A cluster lies within one group of multiprocessors, and those of
-    16 and 18 hold as many of 4 or 8 blocks: two multiprocessors of the larger stay free."""
-    return num_sms // blocks if blocks < 4 else num_sms // 8 * 8 // blocks
 
 
 def skinny_plan(m: int, n: int, num_sms: int) -> Skinny:
@@ -137,20 +137,28 @@ def skinny_plan(m: int, n: int, num_sms: int) -> Skinny:
     return Skinny(1, 2, 1, 8, 1, 6) if short else Skinny(2, 2, 2, 4, 1, 4)
 
 
-def tall_plan(m: int, n: int, k: int, num_sms: int, gated: bool = False) -> Tall:
-    """For 9 to TALL_ROWS[-1] rows of x and n of W, counted in W's rows also where two make one
-    output."""
-    split = 1
-    if n <= 32 * num_sms and k >= 2048:
-        split = 2 if n > 16 * num_sms else 8 if n <= 8 * num_sms else 4
+def tiled_plan(
+    m: int, n: int, k: int, num_sms: int, clusters_of_4: int, gated: bool = False
+) -> Tiled:
+    """For 9 to TILE_ROWS[-1] rows of x and n of W, counted in W's rows also where two make one
+    output. `clusters_of_4`: those that run at once, of blocks that have a multiprocessor each."""
     unit = 2 * UNIT if gated else UNIT
-    units = _ceil(_ceil(n, unit), _clusters(num_sms, split))
-    tiles = _ceil(units * unit, _MOST_ROWS)
-    rows = _ceil(units, tiles) * unit
-    columns = next(size for size in TALL_ROWS if m <= size)
-    long = 2 * n * k >= (30_000_000 if m <= 64 else 20_000_000)
-    limit = MOST_SHARED_BYTES if rows > 128 or (m > 32 and long) else SHARED_BYTES
-    return Tall(rows, columns // 8, split, limit, tiles == 1)
+    light = m <= 64 and n * k <= 7_000_000  # over before a deep ring is full: start early instead
+    blocks = {1: num_sms, 2: num_sms // 2, 4: num_sms // 8 * 2 if light else clusters_of_4}
+    rows, high = next(size for size in TILE_ROWS if m <= size), 1
+
+    def columns(split: int) -> int:
+        return _ceil(_ceil(n, unit), max(blocks[split] // high, 1)) * unit
+
+    enough, most = 48, 4
+    if rows == 256 and columns(2) <= _MOST_COLUMNS:  # as many blocks as two rows of tiles leave
+        rows, high, enough, most = 128, 2, 72, 2
+    split = 1
+    while columns(split) < enough and split < most and k >= 2048:
+        split *= 2
+    wide = columns(split)
+    # A head: tile after tile.
+    return Tiled(rows, wide if wide <= _MOST_COLUMNS else 128, split, 2 if light else 1)
 
 
 def faster_than_cublas(m: int, n: int, k: int, num_sms: int, hopper: bool) -> bool:
@@ -159,8 +167,6 @@ def faster_than_cublas(m: int, n: int, k: int, num_sms: int, hopper: bool) -> bo
         return n >= num_sms
     if not hopper:
         return m <= 16 and n * k <= 20_000_000
-    # Where cuBLAS is up to 10% faster alone (a 4B or 8B model's o, from 48 rows on), one ordinary
-    # launch in a chain of overlapping ones costs more than that.
-    if n > _MOST_ROWS * num_sms:  # a head: tile after tile, and each reads x again
-        return m <= 64
-    return m <= (128 if n * k >= 8_000_000 else 96)
+    # Where cuBLAS is up to 10% faster alone (a 4B or 8B model's o, above 192 rows), one ordinary
+    # launch in a chain of overlapping ones costs as much.
+    return m <= (64 if n > _MOST_COLUMNS * num_sms else TILE_ROWS[-1])

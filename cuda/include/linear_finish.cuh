@@ -37,7 +37,7 @@ template <typename T> struct Epilogue {
   int m, n, k;
 };
 
-__device__ __forceinline__ float silu(float x) { return x / (1.f + __expf(-x)); }
+__device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.f + __expf(-x)); }
 
 // partials: [Groups][row of x][row of the tile], a row of x every Rows + 4 floats; squares, if
 // Norm: [Groups][row of x], sums over k of x^2. Each of the Split blocks of the
@@ -63,7 +63,7 @@ __device__ __forceinline__ void finish_tile(const Epilogue<T>& to, Tile tile, co
   const bool aligned = (tile.first | to.n) % 4 == 0;
   const auto are_whole = [&](int o) { return aligned && o + 4 <= tile.count; };
   // What was there is asked for before the sums are waited for.
-  float residual[most][4] = {};
+  float residual[Add ? most : 1][4] = {};
   if constexpr (Add) {
 #pragma unroll
     for (int i = 0; i < most; ++i) {
@@ -99,7 +99,8 @@ __device__ __forceinline__ void finish_tile(const Epilogue<T>& to, Tile tile, co
       }
     return sum;
   };
-#pragma unroll
+  // Without a residual in registers, a tall tile's many rounds need not all be code of their own.
+#pragma unroll(Add || most < 4 ? most : 4)
   for (int i = 0; i < most; ++i) {
     const int row = row_of(i), o = column_of(i);
     if (row >= to.m) break;
@@ -126,7 +127,10 @@ __device__ __forceinline__ void finish_tile(const Epilogue<T>& to, Tile tile, co
     }
     T rounded[4];
 #pragma unroll
-    for (int c = 0; c < 4; ++c) rounded[c] = from_float<T>(y[c] + residual[i][c]);
+    for (int c = 0; c < 4; ++c) {
+      if constexpr (Add) y[c] += residual[i][c];
+      rounded[c] = from_float<T>(y[c]);
+    }
     if (are_whole(o)) {
       *reinterpret_cast<uint2*>(to.out + place) = {pair_of(rounded), pair_of(rounded + 2)};
       continue;

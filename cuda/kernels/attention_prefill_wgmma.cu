@@ -7,7 +7,7 @@
 //
 // Macros: those of attention.cuh, HEAD_DIM 64, 128 or 256, a 16-bit cache; SPLIT_KEYS (1: items may
 // be parts of a tile's keys, which the last one to finish merges).
-#include "attention_wgmma.cuh"
+#include "wgmma.cuh"
 #include "prefill_pipeline.cuh"
 
 constexpr int kThreads = 384;

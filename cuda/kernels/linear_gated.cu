@@ -12,7 +12,7 @@
 // Macros: SCALAR.
 #include "cluster.cuh"
 #include "tensor_copy.cuh"
-#include "wgmma_wide.cuh"
+#include "wgmma.cuh"
 
 namespace {
 constexpr int kRows = 128, kColumns = 96, kDepth = 64;

@@ -1,35 +1,46 @@
-// y = x W^T for 9 to 128 rows of x on Hopper: linear_skinny.cu's shares of W, with wgmma.
+// y = x W^T for 9 to 256 rows of x on Hopper, with wgmma: x is its M side, in tiles of 64 to 256 rows,
+// and W its N side, as wide as an even share of it.
 //
-// From some 16 rows on, what costs is to read x again for every tile of W. So tiles are tall (up
-// to 192 rows of W a block) and, where W is too short for that, the SPLIT blocks of a cluster
-// divide K and add their sums through each other's shared memory, in a fixed order. W is the M
-// side of wgmma (64 rows a warpgroup), x its N side, both from shared memory.
+// What limits is what goes through shared memory: a tile's rows and columns come in once, and each
+// 64 rows of x read the columns again. So tiles are about as high as they are wide, and where W is
+// too short for that the SPLIT blocks of a cluster divide K and add their sums through each other's
+// shared memory, in a fixed order.
 //
-// One warp asks the tensor copy engine for what the warpgroups then multiply, STAGES ahead; the
-// first stages of W before the kernel before this one has ended. Where a block has one tile, its sums
-// go through the ring when that is done with (STAGED), and leave as whole lines.
+// One thread asks the tensor copy engine for what the warpgroups then multiply, STAGES ahead; the
+// first stages of W before the kernel before this one has ended. Sums leave through the ring, when
+// that is done with: rounded where a block has all of a sum, else CHUNK columns of partial ones at a
+// time.
 //
-// Macros: SCALAR; ROWS (of W in a tile), NTILES (of 8 rows of x: see wgmma.cuh), STAGES (of 64 k),
-// SPLIT, STAGED; ADD and GATED as in linear_skinny.cu.
+// A tile's rows behind the x_rows that exist are whatever lies there: nobody looks at their sums. (To
+// have the copy engine fill them with zeros took up to 15% longer.)
+//
+// Macros: SCALAR; WARPGROUPS, TILES (of 64 rows of x) for each of them; COLUMNS (rows of W in a tile),
+// CHUNK (a part of them), STAGES (of 64 k), SPLIT, BLOCKS (on a multiprocessor); ADD and GATED as in
+// linear_skinny.cu.
 #include "linear_finish.cuh"
 #include "tensor_copy.cuh"
 #include "wgmma.cuh"
 
 namespace {
-constexpr int WARPGROUPS = (ROWS + 63) / 64;
 constexpr int CONSUMERS = 128 * WARPGROUPS;
-constexpr int THREADS = CONSUMERS + 32;
-constexpr int COLS = 8 * NTILES;
+constexpr int THREADS = CONSUMERS + 128;
+// What a thread starts with, and how the thread block then divides it.
+constexpr int REGISTERS = 65536 / BLOCKS / THREADS / 8 * 8;
+constexpr int PRODUCER_REGISTERS = 24;
+constexpr int CONSUMER_REGISTERS =
+    WARPGROUPS == 1 ? 232 : (THREADS * REGISTERS - 128 * PRODUCER_REGISTERS) / CONSUMERS / 8 * 8;
+constexpr int ROWS = 64 * WARPGROUPS * TILES;
 constexpr int DEPTH = 64;
 constexpr int ROW_BYTES = 2 * DEPTH;
-constexpr int W_BYTES = ROWS * ROW_BYTES;
-constexpr int X_BYTES = COLS * ROW_BYTES;
-// The last warpgroup's rows behind the tile are whatever lies there: nobody looks at their sums.
-constexpr int STAGE = W_BYTES + X_BYTES;
-constexpr int PITCH = 64 * WARPGROUPS + 4;
+constexpr int X_BYTES = ROWS * ROW_BYTES;
+constexpr int W_BYTES = COLUMNS * ROW_BYTES;
+constexpr int STAGE = X_BYTES + W_BYTES;
+constexpr int OUTPUTS = GATED ? COLUMNS / 2 : COLUMNS;
+constexpr int PITCH = CHUNK + 4, OUT_PITCH = OUTPUTS + 8;
 constexpr int UNIT = 8;  // rows of W: one pattern of the swizzle
-constexpr int MOST = GATED ? ROWS / 2 : ROWS;
-static_assert(!STAGED || COLS * PITCH * 4 <= STAGES * STAGE, "partial sums fit the ring");
+static_assert(ROWS * PITCH * 4 <= STAGES * STAGE, "partial sums fit the ring");
+static_assert(ROWS * OUT_PITCH * 2 <= STAGES * STAGE, "so do rounded ones");
+static_assert(COLUMNS % CHUNK == 0 && CHUNK % 8 == 0, "whole chunks");
 
 struct Slot {
   int index = 0;
@@ -38,53 +49,58 @@ struct Slot {
     if (++index == STAGES) index = 0, parity ^= 1;
   }
 };
+
+// Outputs of a tile, rounded and in shared memory, leave 16 bytes at a time.
+__device__ __forceinline__ void store_staged(const Epilogue<SCALAR>& to, const SCALAR* staged,
+                                             int first) {
+  constexpr int vectors = OUTPUTS / 8;
+  const int count = min(OUTPUTS, to.n - first);
+  for (int i = threadIdx.x; i < to.m * vectors; i += CONSUMERS) {
+    const int row = i / vectors, o = i % vectors * 8;
+    const SCALAR* const from = staged + row * OUT_PITCH + o;
+    SCALAR* const place = to.out + static_cast<i64>(row) * to.n + first + o;
+    if (to.n % 8 == 0 && o + 8 <= count)
+      store_vec(place, load_vec(from));
+    else
+      for (int c = 0; c < min(8, count - o); ++c) place[c] = from[c];
+  }
+}
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #if SPLIT > 1
     __cluster_dims__(SPLIT, 1, 1)
 #endif
         linear_wgmma(const __grid_constant__ TensorMap x_map,
-                     const __grid_constant__ TensorMap w_map, SCALAR* out, const SCALAR* residual,
-                     int m, int n, int k) {
+                     const __grid_constant__ TensorMap w_map, SCALAR* out,
+                     const SCALAR* residual, int m, int n, int k, int x_rows) {
 #if __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) unsigned char shared[];
   const u32 ring = shared_address(shared);
   const u32 full = ring + STAGES * STAGE, empty = full + STAGES * 8;
 
-  const u32 rank = SPLIT > 1 ? cluster_rank() : 0;
-  const int owners = gridDim.x / SPLIT;
-  const Tile share = share_of_units<UNIT>(n, owners, blockIdx.x / SPLIT);
-  // As many tiles in every block, so that one height of box serves all.
-  const int longest = ((n + UNIT - 1) / UNIT + owners - 1) / owners * UNIT;
-  const int tiles = (longest + MOST - 1) / MOST;
+  const int part = SPLIT > 1 ? cluster_rank() : 0;
+  const int tile = blockIdx.x / SPLIT, row = blockIdx.y * x_rows;
   const int steps = (k + DEPTH * SPLIT - 1) / (DEPTH * SPLIT);
-  const auto tile_at = [&](int i) {
-    const Tile tile = share_of_units<UNIT>(share.count, tiles, i);
-    return Tile{share.first + tile.first, tile.count};
-  };
+  const auto column_of = [&](int step) { return (step * SPLIT + part) * DEPTH; };
 
-  const auto column_of = [&](int step) { return (step * SPLIT + rank) * DEPTH; };
-
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const bool producer = warp == CONSUMERS / 32;
-  const int total = tiles * steps, first = min(total, STAGES);
-  const auto copy_w = [&](int slot, int i, int step) {
-    const u32 barrier = full + slot * 8, to = ring + slot * STAGE;
-    const int column = column_of(step), row = tile_at(i).first;
-    barrier_expect(barrier, STAGE);
+  const int first = min(steps, STAGES);
+  const bool producer = threadIdx.x == CONSUMERS;
+  const auto copy_w = [&](int slot, int step) {
+    const u32 barrier = full + slot * 8, to = ring + slot * STAGE + X_BYTES;
+    barrier_expect(barrier, W_BYTES + x_rows * ROW_BYTES);
     if constexpr (GATED)
-      copy_gated_box_once(to, w_map, column, row / UNIT, barrier);
+      copy_gated_box_once(to, w_map, column_of(step), tile * (OUTPUTS / UNIT), barrier);
     else
-      copy_box_once(to, w_map, column, row, barrier);
+      copy_box_once(to, w_map, column_of(step), tile * COLUMNS, barrier);
   };
-  if (producer && lane == 0) {
+  if (producer) {
     for (int s = 0; s < STAGES; ++s) {
       barrier_init(full + s * 8, 1);
       barrier_init(empty + s * 8, WARPGROUPS);
     }
     barrier_init_fence();
-    for (int s = 0; s < first; ++s) copy_w(s, s / steps, s % steps);
+    for (int s = 0; s < first; ++s) copy_w(s, s);
   }
   __syncwarp();
   if constexpr (SPLIT > 1)
@@ -94,85 +110,88 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   let_next_start();
   wait_for_previous();
 
-  if (producer && lane == 0) {
+  if (threadIdx.x >= CONSUMERS) {
+    give_registers<PRODUCER_REGISTERS>();
+    if (!producer) return;
     const auto copy_x = [&](int slot, int step) {
-      copy_box(ring + slot * STAGE + W_BYTES, x_map, column_of(step), 0, full + slot * 8);
+      copy_box(ring + slot * STAGE, x_map, column_of(step), row, full + slot * 8);
     };
-    for (int s = 0; s < first; ++s) copy_x(s, s % steps);
+    for (int s = 0; s < first; ++s) copy_x(s, s);
     Slot slot;
-    int i = first / steps, step = first % steps;
-    for (int s = first; s < total; ++s) {
+#pragma unroll 1
+    for (int s = first; s < steps; ++s) {
       barrier_wait(empty + slot.index * 8, slot.parity);
-      copy_w(slot.index, i, step);
-      copy_x(slot.index, step);
+      copy_w(slot.index, s);
+      copy_x(slot.index, s);
       slot.advance();
-      if (++step == steps) step = 0, ++i;
     }
+    return;
   }
-  __syncwarp();
 
-  const int warpgroup = threadIdx.x / 128;
-  const int g = lane / 4, t = lane % 4;
+  take_registers<CONSUMER_REGISTERS>();
+  const int group = threadIdx.x / 128, thread = threadIdx.x % 128;
   const auto release = [&](int slot) {
-    if (threadIdx.x % 128 == 0) barrier_arrive(empty + slot * 8);
+    if (thread == 0) barrier_arrive(empty + slot * 8);
   };
+  float acc[TILES][COLUMNS / 2] = {};
   Slot slot;
-  for (int i = 0; i < tiles; ++i) {
-    const Tile tile = tile_at(i);
-    if (!producer) {
-      float acc[NTILES * 4] = {};
-      int previous = 0;
-      for (int step = 0; step < steps; ++step) {
-        const u32 stage = ring + slot.index * STAGE;
-        barrier_wait(full + slot.index * 8, slot.parity);
-        begin_products();
+  int previous = 0;
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step) {
+    const u32 w = ring + slot.index * STAGE + X_BYTES;
+    const u32 x = ring + slot.index * STAGE + group * TILES * 64 * ROW_BYTES;
+    barrier_wait(full + slot.index * 8, slot.parity);
+    wgmma_fence();
 #pragma unroll
-        for (int s = 0; s < DEPTH / 16; ++s)
-          multiply_tile<SCALAR, NTILES>(
-              acc, describe(stage + warpgroup * 64 * ROW_BYTES + s * 32),
-              describe(stage + W_BYTES + s * 32));
-        commit_products();
-        wait_products<1>();
-        if (step > 0) release(previous);
-        previous = slot.index;
-        slot.advance();
-      }
-      wait_products<0>();
-      release(previous);
+    for (int s = 0; s < DEPTH / 16; ++s)
+#pragma unroll
+      for (int t = 0; t < TILES; ++t)
+        wgmma_shared<SCALAR>(acc[t], wgmma_tile(x + t * 64 * ROW_BYTES + s * 32),
+                             wgmma_tile(w + s * 32));
+    wgmma_commit();
+    wgmma_wait<1>();
+    if (step > 0) release(previous);
+    previous = slot.index;
+    slot.advance();
+  }
+  wgmma_wait<0>();
+  release(previous);
+  sync_group<CONSUMERS>(1);  // nobody reads the ring any more: it takes the partial sums
 
-      if constexpr (STAGED) {
-        sync_group<CONSUMERS>(1);  // nobody reads the ring any more: it takes the partial sums
-        float* const mine = reinterpret_cast<float*>(shared) + warp * 16 + g;
+  // A lane's sums are pairs of neighbours, of which those of two rows follow each other.
+  const int mine = group * TILES * 64 + thread / 32 * 16 + thread % 32 / 4, t2 = thread % 4 * 2;
+  const i64 above = static_cast<i64>(row) * n;
+  const Epilogue<SCALAR> to{out + above, residual + above, 0.f, min(m - row, x_rows), n, k};
+  if constexpr (SPLIT == 1 && !ADD) {
+    SCALAR* const staged = reinterpret_cast<SCALAR*>(shared);
 #pragma unroll
-        for (int c = 0; c < NTILES * 4; ++c)
-          mine[(c / 4 * 8 + 2 * t + c % 2) * PITCH + c % 4 / 2 * 8] = acc[c];
-      } else {
+    for (int t = 0; t < TILES; ++t)
 #pragma unroll
-        for (int c = 0; c < NTILES * 2; ++c) {
-          const int row = c / 2 * 8 + 2 * t + c % 2;
-          if (row >= m) continue;
-          const i64 line = static_cast<i64>(row) * n + tile.first;
-          const auto store = [&](int o, float y) {
-            if (o >= tile.count) return;
-            if constexpr (ADD) y += to_float(residual[line + o]);
-            out[line + o] = from_float<SCALAR>(y);
-          };
-          const float low = acc[c / 2 * 4 + c % 2], high = acc[c / 2 * 4 + 2 + c % 2];
-          if constexpr (GATED) {
-            store(warp * 8 + g, silu(low) * high);
-          } else {
-            store(warp * 16 + g, low);
-            store(warp * 16 + 8 + g, high);
-          }
-        }
+      for (int i = 0; i < OUTPUTS / 4; ++i) {
+        const float* const sums = acc[t] + (GATED ? i / 2 * 8 + i % 2 * 2 : i * 2);
+        float low = sums[0], high = sums[1];
+        if constexpr (GATED) low = silu(low) * sums[4], high = silu(high) * sums[5];
+        *reinterpret_cast<u32*>(staged + (mine + t * 64 + i % 2 * 8) * OUT_PITCH + i / 2 * 8 + t2) =
+            pack<SCALAR>(low, high);
       }
-    }
-    if constexpr (STAGED) {
-      constexpr int warps = (SPLIT > 1 ? THREADS : CONSUMERS) / 32;
-      if (threadIdx.x < 32 * warps)
-        finish_tile<64 * WARPGROUPS, COLS, 1, SPLIT, warps, false, ADD, GATED>(
-            Epilogue<SCALAR>{out, residual, 0.f, m, n, k}, tile,
-            reinterpret_cast<const float*>(shared), nullptr, rank);
+    sync_group<CONSUMERS>(1);
+    store_staged(to, staged, tile * OUTPUTS);
+  } else {
+    float* const staged = reinterpret_cast<float*>(shared);
+#pragma unroll
+    for (int c = 0; c < COLUMNS / CHUNK; ++c) {
+#pragma unroll
+      for (int t = 0; t < TILES; ++t)
+#pragma unroll
+        for (int i = 0; i < CHUNK / 4; ++i) {
+          const float* const sums = acc[t] + c * (CHUNK / 2) + i * 2;
+          *reinterpret_cast<float2*>(staged + (mine + t * 64 + i % 2 * 8) * PITCH + i / 2 * 8 + t2) =
+              make_float2(sums[0], sums[1]);
+        }
+      constexpr int outputs = OUTPUTS * CHUNK / COLUMNS;
+      const int start = tile * OUTPUTS + c * outputs;
+      finish_tile<CHUNK, ROWS, 1, SPLIT, CONSUMERS / 32, false, ADD, GATED>(
+          to, Tile{start, max(min(outputs, n - start), 0)}, staged, nullptr, part);
     }
   }
 #endif

@@ -11,19 +11,18 @@ from zllm.cuda.compiler import Compiler
 from zllm.cuda.launcher import KernelLibrary
 from zllm.cuda.linear import SkinnyLinear, _macros
 from zllm.cuda.linear_plans import (
-    MOST_SHARED_BYTES,
     SHARED_BYTES,
-    TALL_ROWS,
+    TILE_ROWS,
     Skinny,
     faster_than_cublas,
     skinny_plan,
-    tall_plan,
+    tiled_plan,
 )
 from zllm.errors import KernelError
 
 ARCHITECTURES = ["sm_80", "sm_86", "sm_89", "sm_90a"]
 MODEL_WEIGHTS = [(1024, 3072), (2560, 9728), (4096, 1024), (6144, 4096), (24576, 4096)]
-SMS = 132
+SMS, CLUSTERS_OF_4 = 132, 30
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -38,10 +37,10 @@ def test_every_architecture_compiles_the_skinny_plans(arch: str, m: int, tmp_pat
     assert compiler.compile("linear_skinny.cu", _macros(plan, torch.float16, False, False, False))
 
 
-@pytest.mark.parametrize("m", TALL_ROWS)
-def test_hopper_compiles_the_tall_plans(m: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("m", TILE_ROWS)
+def test_hopper_compiles_the_tiled_plans(m: int, tmp_path: Path) -> None:
     compiler = Compiler("sm_90a", tmp_path)
-    for plan in {tall_plan(m, n, k, SMS, gated=True) for n, k in MODEL_WEIGHTS}:
+    for plan in {tiled_plan(m, n, k, SMS, CLUSTERS_OF_4, gated=True) for n, k in MODEL_WEIGHTS}:
         cubin = compiler.compile(
             "linear_wgmma.cu", _macros(plan, torch.bfloat16, False, True, True)
         )
@@ -57,29 +56,31 @@ def test_a_skinny_plan_lets_two_blocks_share_a_hopper_multiprocessor(m: int, n: 
     assert 2 * (plan.shared_bytes(norm=True) + 1024) <= 228 * 1024
 
 
-@pytest.mark.parametrize("m", [9, 16, 17, 32, 33, 64, 65, 96, 97, 128])
-@pytest.mark.parametrize("n", [8, 40, 1024, 1504, 2064, 2560, 4096, 4224, 6144, 19456, 151936])
+@pytest.mark.parametrize("m", [9, 16, 17, 64, 65, 128, 129, 192, 193, 249, 256])
+@pytest.mark.parametrize("n", [16, 48, 1024, 1504, 2064, 2560, 4096, 4224, 6144, 19456, 151936])
 @pytest.mark.parametrize("k", [64, 1024, 4096])
 @pytest.mark.parametrize("gated", [False, True])
-def test_a_tall_plan_covers_its_weight(m: int, n: int, k: int, gated: bool) -> None:
-    plan = tall_plan(m, n, k, SMS, gated)
+def test_a_tiled_plan_covers_the_product(m: int, n: int, k: int, gated: bool) -> None:
+    plan = tiled_plan(m, n, k, SMS, CLUSTERS_OF_4, gated)
     unit = 16 if gated else 8
-    assert 8 * plan.ntiles >= m
+    wide, high, _ = plan.grid(m, n)
+    assert plan.columns % unit == 0
+    assert plan.columns <= 192
+    assert wide // plan.split * plan.columns >= n
+    assert m <= high * plan.x_rows(m)
+    assert plan.x_rows(m) <= plan.rows
+    assert (high - 1) * plan.x_rows(m) < m, "no tile without a row"
     assert plan.stages >= 3
-    assert plan.shared_bytes <= plan.shared_limit <= MOST_SHARED_BYTES
-    assert plan.rows % unit == 0
-    assert plan.owners(SMS) * plan.split <= SMS
-    # As the kernel counts: tiles of at most `rows` rows in the longest share, in equal parts.
-    units = -(-n // unit)
-    longest = -(-units // plan.owners(SMS))
-    tiles = -(-longest * unit // plan.rows)
-    assert -(-longest // tiles) * unit <= plan.rows <= 192
-    assert plan.one_tile == (tiles == 1)
-    if plan.split > 1:
-        assert plan.staged
-    if plan.staged:  # the sums take the ring's place: one tile a block
-        assert tiles == 1
-        assert 8 * plan.ntiles * (64 * plan.warpgroups + 4) * 4 <= plan.shared_bytes
+    # Sums meet where the ring was, whole units of columns at a time.
+    assert plan.columns % plan.chunk == 0
+    assert plan.chunk % unit == 0
+    assert 4 * plan.rows * (plan.chunk + 4) <= plan.shared_bytes
+    # All at once, as long as a block's share of W fits its sums.
+    assert plan.blocks_per_sm * (plan.shared_bytes + 1024) <= 228 * 1024
+    if n <= 192 * SMS // high:
+        assert wide * high <= SMS
+    if plan.split == 4 and plan.blocks_per_sm == 1:
+        assert wide * high // 4 <= CLUSTERS_OF_4
 
 
 def test_fewer_stages_where_shared_memory_is_small() -> None:
@@ -93,9 +94,9 @@ def test_cublas_keeps_what_it_does_better() -> None:
     assert faster_than_cublas(1, 151936, 4096, SMS, hopper=False)
     assert faster_than_cublas(64, 24576, 4096, SMS, hopper=True)
     assert not faster_than_cublas(17, 1024, 2048, SMS, hopper=False)
-    assert not faster_than_cublas(97, 1024, 2048, SMS, hopper=True)
+    assert faster_than_cublas(256, 1024, 2048, SMS, hopper=True)
     assert not faster_than_cublas(65, 151936, 4096, SMS, hopper=True)
-    assert not faster_than_cublas(129, 24576, 4096, SMS, hopper=True)
+    assert not faster_than_cublas(257, 24576, 4096, SMS, hopper=True)
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +132,7 @@ def _poisoned(m: int, n: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tens
     ("n", "k"),
     [(1, 8), (7, 24), (133, 40), (1024, 2048), (1000, 1032), (2560, 9728), (6151, 2568)],
 )
-@pytest.mark.parametrize("m", [1, 3, 8, 9, 16, 17, 31, 40, 64, 77, 96, 105, 128])
+@pytest.mark.parametrize("m", [1, 3, 8, 9, 16, 17, 31, 64, 77, 128, 150, 192, 193, 201, 256])
 def test_equals_float64(products: SkinnyLinear, m: int, n: int, k: int, dtype: torch.dtype) -> None:
     _skip_if_too_tall(products, m)
     x, weight = _random(m, k, dtype=dtype), _random(n, k, dtype=dtype, scale=k**-0.5)
@@ -152,7 +153,7 @@ def test_equals_float64(products: SkinnyLinear, m: int, n: int, k: int, dtype: t
         (12304, 2056),
     ],
 )
-@pytest.mark.parametrize("m", [1, 6, 8, 11, 16, 29, 64, 90, 128])
+@pytest.mark.parametrize("m", [1, 6, 8, 11, 16, 29, 64, 90, 128, 170, 200, 256])
 def test_fused_parts_equal_their_separate_float64(
     products: SkinnyLinear, m: int, n: int, k: int
 ) -> None:
@@ -177,7 +178,7 @@ def test_fused_parts_equal_their_separate_float64(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("m", [4, 12, 64, 112])
+@pytest.mark.parametrize("m", [4, 12, 64, 112, 160, 224])
 @pytest.mark.parametrize("size", [1024, 2560, 4096])
 def test_a_chain_in_a_graph_sees_each_product_before_it(
     products: SkinnyLinear, m: int, size: int
@@ -208,7 +209,7 @@ def test_a_chain_in_a_graph_sees_each_product_before_it(
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"x": (129, 64)}, "x: 129 rows"),
+        ({"x": (257, 64)}, "x: 257 rows"),
         ({"x": (2, 60), "weight": (32, 60)}, "x: 60 columns"),
         ({"weight": (32, 72)}, "weight: shape"),
         ({"out": (2, 31)}, "out: shape"),
