@@ -12,6 +12,7 @@ import numpy as np
 from google.protobuf.duration_pb2 import Duration
 
 from zllm.errors import RequestExists, Unavailable
+from zllm.native.pending import Delta
 from zllm.runtime.detokenizer import Detokenizer
 from zllm.runtime.messages import AddRequest, FinishReason, TokenLogprobs
 from zllm.service.admission import check_deadline
@@ -19,7 +20,7 @@ from zllm.service.calls import current_call
 from zllm.service.prompts import prompt_ids
 from zllm.service.rpc import Context
 from zllm.service.served_model import Models, ServedModel
-from zllm.service.streams import WHOLE, Delta, Finish, Stream
+from zllm.service.streams import WHOLE, Finish, Stream
 from zllm.service.tenants import current_caller
 from zllm.service.validation import MAX_REQUEST_ID_CHARS, check_options, fit_prompt
 from zllm.v1 import generation_pb2, types_pb2
@@ -168,7 +169,6 @@ class GenerationService:
                 stop_strings=options.stop_strings,
                 include_stop_string=request.stopping.include_stop_string,
             ),
-            has_stop_strings=bool(options.stop_strings),
             keep_stop=request.stopping.include_stop_string,
             min_tokens=min_tokens or options.min_tokens_per_delta,
             prompt_tokens=len(prompt),
