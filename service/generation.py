@@ -9,6 +9,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from zllm.errors import RequestExists, Unavailable
+from zllm.native.delta_writer import DeltaWriter
 from zllm.runtime.detokenizer import Detokenizer
 from zllm.runtime.messages import AddRequest, FinishReason
 from zllm.service.admission import check_deadline
@@ -194,9 +195,9 @@ async def _write_stream(run: Run, context: Context) -> None:
     # starts can still be retried by its client.
     delta = await run.stream.take()
     await context.write(started(run).SerializeToString())
-    encode = delta_encoder(run)
-    await context.write(encode(delta))
-    while delta.finish is None:
-        delta = await run.stream.take()
-        await context.write(encode(delta))
+    writer = DeltaWriter(run.stream, delta_encoder(run), context.write, asyncio.get_running_loop())
+    try:
+        await writer.start(delta)
+    finally:
+        writer.close()
     await context.write(finished(run).SerializeToString())
