@@ -42,7 +42,8 @@ cdef class DeltaWriter:
             self.waited.cancel()
             self.writing.close()
         self.stream.waiter = None
-        self.stream = self.encode = self.write = self.writing = self.waited = None
+        # A failure is told with the handler's frames, and so with this: a circle through `end`.
+        self.stream = self.encode = self.write = self.writing = self.waited = self.end = None
 
     def done(self):
         return self.end.done()

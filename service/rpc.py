@@ -140,6 +140,8 @@ def _answering(
             raise aborted.with_traceback(None) from None
         finally:
             call.end()
+            if call.error is not None:
+                call.error.__traceback__ = None  # leads back to the stream, which holds the error
             call.error = call.stream = None  # the stream tells the call of its first token
             del call, data
 
