@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from zllm.errors import InvalidRequest, ModelLoadError
@@ -22,7 +22,6 @@ class Tokenizer(ABC):
 
     def __init__(self, tokens: list[bytes], special_ids: frozenset[int]) -> None:
         self._tokens = tokens
-        self._special_ids = special_ids
         self._shown = [b"" if n in special_ids else token for n, token in enumerate(tokens)]
 
     @property
@@ -54,21 +53,14 @@ class Tokenizer(ABC):
         """The raw bytes of an id, a special token's as it is written; none for an unused id."""
         return self._tokens[token_id] if 0 <= token_id < len(self._tokens) else b""
 
-    def is_special(self, token_id: int) -> bool:
-        return token_id in self._special_ids
-
-    def bytes_of(self, ids: Sequence[int], *, skip_special_tokens: bool) -> bytes:
-        """The raw bytes of these ids, none of which is negative, joined."""
-        tokens = self._shown if skip_special_tokens else self._tokens
-        try:
-            return b"".join([tokens[token_id] for token_id in ids])
-        except IndexError:
-            return b"".join(tokens[n] for n in ids if n < len(tokens))
+    def tokens(self, *, skip_special_tokens: bool) -> list[bytes]:
+        """The raw bytes of every id; none of a special one that is skipped."""
+        return self._shown if skip_special_tokens else self._tokens
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text of whole sequence; bytes that are no UTF-8 become U+FFFD."""
-        known = [token_id for token_id in ids if token_id >= 0]
-        data = self.bytes_of(known, skip_special_tokens=skip_special_tokens)
+        tokens = self.tokens(skip_special_tokens=skip_special_tokens)
+        data = b"".join([tokens[n] for n in ids if 0 <= n < len(tokens)])
         text = data.decode("utf-8", "replace")
         return text.removeprefix(" ") if self.strips_leading_space else text
 

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from contextlib import suppress
 
 import msgspec
-import numpy as np
 
 from zllm.errors import ConfigError, InvalidRequest, Overloaded, Unavailable
+from zllm.native.pending import route
 from zllm.runtime.messages import (
     CLIENT_SHIFT,
     AbortRequests,
@@ -241,20 +241,7 @@ class EngineClient:
                     if refused.field
                     else Overloaded(refused.message, self.queue.retry_after(step.load))
                 )
-        ids = np.frombuffer(step.request_ids, dtype="<i8").tolist()
-        tokens = np.frombuffer(step.tokens, dtype="<i4").tolist()
-        logprobs = step.logprobs
-        stopped: list[int] = []
-        entries = zip(ids, tokens, step.finishes, strict=True)
-        for index, (request_id, token, finish) in enumerate(entries):
-            stream = streams.get(request_id)
-            if stream is None:
-                continue
-            if stream.push(token, finish, logprobs.get(index) if logprobs else None):
-                stopped.append(request_id)
-                del streams[request_id]
-            elif finish:
-                del streams[request_id]
+        stopped = route(streams, step.request_ids, step.tokens, step.finishes, step.logprobs)
         if stopped:
             self._send(AbortRequests(stopped))
 

@@ -3,40 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import time
 import uuid
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import numpy as np
-from google.protobuf.duration_pb2 import Duration
 
 from zllm.errors import RequestExists, Unavailable
+from zllm.native.delta_writer import DeltaWriter
 from zllm.runtime.detokenizer import Detokenizer
-from zllm.runtime.messages import AddRequest, FinishReason, TokenLogprobs
+from zllm.runtime.messages import AddRequest, FinishReason
 from zllm.service.admission import check_deadline
+from zllm.service.answers import Run, delta_encoder, finished, started, whole_answer
 from zllm.service.calls import current_call
 from zllm.service.prompts import prompt_ids
-from zllm.service.rpc import Context
-from zllm.service.served_model import Models, ServedModel
-from zllm.service.streams import WHOLE, Delta, Finish, Stream
+from zllm.service.rpc import Context, writes_bytes
+from zllm.service.served_model import Models
+from zllm.service.streams import WHOLE, Stream
 from zllm.service.tenants import current_caller
 from zllm.service.validation import MAX_REQUEST_ID_CHARS, check_options, fit_prompt
-from zllm.v1 import generation_pb2, types_pb2
-
-
-@dataclass
-class _Run:
-    """A request on its way: what the engine was sent, and the stream of what it gives."""
-
-    request: generation_pb2.GenerateRequest
-    request_id: str
-    model: ServedModel
-    prompt: list[int]
-    stream: Stream
-    engine_id: int
-    wants_text: bool
-    wants_token_ids: bool
+from zllm.v1 import generation_pb2
 
 
 class GenerationService:
@@ -52,7 +37,7 @@ class GenerationService:
         self._queue_timeout = queue_timeout
         self._slo = slo
         self._max_prompt_tokens = max_prompt_tokens
-        self._live: dict[tuple[str, str], _Run | None] = {}
+        self._live: dict[tuple[str, str], Run | None] = {}
         """By tenant and request id, as no tenant may learn of another's ids; None until the engine
         was sent it."""
         self._idle = asyncio.Event()
@@ -95,8 +80,9 @@ class GenerationService:
                     caller.charge(run.stream.completion_tokens)
             finally:
                 self._unclaim(request_id)
-        return _whole_answer(run, delta)
+        return whole_answer(run, delta)
 
+    @writes_bytes
     async def StreamGenerate(
         self, request: generation_pb2.GenerateRequest, context: Context
     ) -> None:
@@ -150,7 +136,7 @@ class GenerationService:
         request_id: str,
         context: Context,
         min_tokens: int | None = None,
-    ) -> _Run:
+    ) -> Run:
         caller = current_caller()
         model = caller.find(self._models, request.model)
         options = check_options(request, model, self._queue_timeout)
@@ -168,7 +154,6 @@ class GenerationService:
                 stop_strings=options.stop_strings,
                 include_stop_string=request.stopping.include_stop_string,
             ),
-            has_stop_strings=bool(options.stop_strings),
             keep_stop=request.stopping.include_stop_string,
             min_tokens=min_tokens or options.min_tokens_per_delta,
             prompt_tokens=len(prompt),
@@ -191,7 +176,7 @@ class GenerationService:
             stream,
         )
         caller.charge(len(prompt))
-        run = _Run(
+        run = Run(
             request,
             request_id,
             model,
@@ -205,117 +190,14 @@ class GenerationService:
         return run
 
 
-async def _write_stream(run: _Run, context: Context) -> None:
+async def _write_stream(run: Run, context: Context) -> None:
     # The response's headers go out with the first message, so that a request which never
     # starts can still be retried by its client.
     delta = await run.stream.take()
-    await context.write(
-        generation_pb2.StreamGenerateResponse(
-            started=generation_pb2.GenerationStarted(
-                request_id=run.request_id, model=run.model.name, prompt=_prompt_info(run)
-            )
-        )
-    )
-    await context.write(_delta_message(run, delta))
-    while delta.finish is None:
-        delta = await run.stream.take()
-        await context.write(_delta_message(run, delta))
-    await context.write(
-        generation_pb2.StreamGenerateResponse(
-            finished=generation_pb2.GenerationFinished(usage=_usage(run), timing=_timing(run))
-        )
-    )
-
-
-def _delta_message(run: _Run, delta: Delta) -> generation_pb2.StreamGenerateResponse:
-    message = generation_pb2.StreamGenerateResponse()
-    sequence = message.delta
-    sequence.num_tokens = len(delta.token_ids)
-    _fill(sequence, run, delta)
-    return message
-
-
-def _whole_answer(run: _Run, delta: Delta) -> generation_pb2.GenerateResponse:
-    output = generation_pb2.SequenceOutput()
-    _fill(output, run, delta)
-    if run.request.output.HasField("logprobs"):
-        output.cumulative_logprob = run.stream.cumulative_logprob
-    return generation_pb2.GenerateResponse(
-        request_id=run.request_id,
-        model=run.model.name,
-        prompt=_prompt_info(run),
-        outputs=[output],
-        usage=_usage(run),
-        timing=_timing(run),
-    )
-
-
-def _fill(
-    message: generation_pb2.SequenceDelta | generation_pb2.SequenceOutput, run: _Run, delta: Delta
-) -> None:
-    """The fields that both have, as far as they were asked for. In place: half the time."""
-    if run.wants_text:
-        message.text = delta.text
-    if run.wants_token_ids:
-        message.token_ids.extend(delta.token_ids)
-    if delta.logprobs:
-        message.logprobs.extend(
-            _logprob(run.model, token_id, entry)
-            for token_id, entry in zip(delta.token_ids, delta.logprobs, strict=True)
-        )
-    if delta.finish is not None:
-        message.finish.CopyFrom(_finish(delta.finish))
-
-
-def _finish(finish: Finish) -> generation_pb2.SequenceFinish:
-    message = generation_pb2.SequenceFinish(reason=int(finish.reason))  # type: ignore[arg-type]
-    if finish.stop_string is not None:
-        message.stop_string = finish.stop_string
-    elif finish.stop_token_id is not None:
-        message.stop_token_id = finish.stop_token_id
-    return message
-
-
-def _logprob(model: ServedModel, token_id: int, entry: TokenLogprobs) -> types_pb2.TokenLogprob:
-    token_bytes = model.tokenizer.token_bytes
-    return types_pb2.TokenLogprob(
-        token_id=token_id,
-        logprob=entry.logprob,
-        rank=entry.rank,
-        token=token_bytes(token_id),
-        top=[
-            types_pb2.TopLogprob(token_id=top_id, logprob=logprob, token=token_bytes(top_id))
-            for top_id, logprob in zip(entry.top_ids, entry.top_logprobs, strict=True)
-        ],
-    )
-
-
-def _prompt_info(run: _Run) -> generation_pb2.PromptInfo:
-    return generation_pb2.PromptInfo(
-        prompt_tokens=len(run.prompt),
-        cached_tokens=run.stream.cached_tokens,
-        token_ids=run.prompt if run.request.output.prompt_token_ids else (),
-    )
-
-
-def _usage(run: _Run) -> types_pb2.Usage:
-    return types_pb2.Usage(
-        prompt_tokens=len(run.prompt),
-        cached_tokens=run.stream.cached_tokens,
-        completion_tokens=run.stream.completion_tokens,
-    )
-
-
-def _timing(run: _Run) -> generation_pb2.Timing:
-    stream = run.stream
-    return generation_pb2.Timing(
-        queued=_duration(stream.queued_s),
-        first_token=_duration(stream.first_token_at - stream.arrived),
-        total=_duration(time.monotonic() - stream.arrived),
-    )
-
-
-def _duration(seconds: float) -> Duration:
-    message = Duration()
-    message.FromNanoseconds(int(seconds * 1e9))
-    return message
+    await context.write(started(run).SerializeToString())
+    writer = DeltaWriter(run.stream, delta_encoder(run), context.write, asyncio.get_running_loop())
+    try:
+        await writer.start(delta)
+    finally:
+        writer.close()
+    await context.write(finished(run).SerializeToString())

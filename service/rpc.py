@@ -11,7 +11,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import grpc
 from google.protobuf import message_factory
@@ -28,6 +28,13 @@ log = logging.getLogger(__name__)
 
 Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 Method = Callable[[Any, Context], Awaitable[Any]]
+_M = TypeVar("_M", bound=Callable[..., Any])
+
+
+def writes_bytes(method: _M) -> _M:
+    """Marks a stream method that serializes its messages itself."""
+    method.writes_bytes = True  # type: ignore[attr-defined]
+    return method
 
 
 def add_service(
@@ -59,6 +66,7 @@ def _handler(
         if method.server_streaming
         else grpc.unary_unary_rpc_method_handler
     )
+    serialize = message_factory.GetMessageClass(method.output_type).SerializeToString
     return kind(
         _answering(
             f"{method.containing_service.full_name}/{method.name}",
@@ -69,7 +77,7 @@ def _handler(
         ),
         # Not parsed by gRPC: nobody's bytes are before the caller is known.
         request_deserializer=None,
-        response_serializer=message_factory.GetMessageClass(method.output_type).SerializeToString,
+        response_serializer=None if getattr(function, "writes_bytes", False) else serialize,
     )
 
 
@@ -132,6 +140,8 @@ def _answering(
             raise aborted.with_traceback(None) from None
         finally:
             call.end()
+            if call.error is not None:
+                call.error.__traceback__ = None  # leads back to the stream, which holds the error
             call.error = call.stream = None  # the stream tells the call of its first token
             del call, data
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from zllm.errors import EngineError, Overloaded, ZllmError
+from zllm.native.pending import Delta, Pending
 from zllm.runtime.detokenizer import Detokenizer
 from zllm.runtime.messages import FinishReason, RequestStarted, TokenLogprobs
 
@@ -27,47 +28,35 @@ class Finish:
     stop_string: str | None = None
 
 
-@dataclass(slots=True)
-class Delta:
-    """What a sequence gained since the last take."""
+class Stream(Pending):
+    """`min_tokens` is how many tokens a delta waits for; the last one waits for none.
 
-    text: str
-    token_ids: list[int]
-    logprobs: list[TokenLogprobs]
-    finish: Finish | None
-
-
-class Stream:
-    """`min_tokens` is how many tokens a delta waits for; the last one waits for none."""
+    Pending has what every token takes. `plain` is cleared where there is more to do than text: at
+    stop strings, log-probabilities and the end.
+    """
 
     def __init__(
         self,
         detokenizer: Detokenizer,
         *,
-        has_stop_strings: bool = False,
         keep_stop: bool = False,
         min_tokens: int = 1,
         prompt_tokens: int = 0,
         on_start: Callable[[], None] = lambda: None,
     ) -> None:
-        self._detokenizer = detokenizer
-        self._keep_stop = keep_stop
+        super().__init__(detokenizer.plain, min_tokens)
         # A stop string must be found when it comes, however slow the reader; text without any
         # is cheaper to make once a delta.
-        self._eager = has_stop_strings
-        self._min_tokens = min_tokens
+        self._eager = detokenizer.plain is None
+        self._detokenizer = detokenizer
+        self._keep_stop = keep_stop
         self._on_start = on_start
-        self._undigested: list[int] = []
-        self._num_pending = 0
         self._text = ""
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
         self._finish: FinishReason | None = None
         self._closed = False
         self._error: ZllmError | None = None
-        self._waiter: asyncio.Future[Delta] | None = None
-        self.over = False
-        """Nothing more will come."""
         self.arrived = time.monotonic()
         self.first_token_at = self.arrived
         self.ended_at = 0.0
@@ -77,10 +66,7 @@ class Stream:
         self.queued_s = 0.0
         self.prefill_s = 0.0
         self.prompt_tokens = prompt_tokens
-        self.completion_tokens = 0
         self.cumulative_logprob = 0.0
-        self.taken: list[str] | None = None
-        """The text of all deltas, where somebody put a list here."""
 
     def start(self, started: RequestStarted) -> None:
         self.cached_tokens = started.cached_tokens
@@ -96,59 +82,51 @@ class Stream:
         if self.over:
             return False
         if token >= 0:
-            self._undigested.append(token)
-            self._num_pending += 1
+            self.undigested.append(token)
+            self.num_pending += 1
             if logprobs is not None:
+                self.plain = None
                 self._logprobs.append(logprobs)
         if finish:
             self._end(FinishReason(finish))
         elif self._eager:
             self._digest()
         stopped = self._closed
-        if self._num_pending >= self._min_tokens or self.over:
-            self._wake()
+        if self.due():
+            self.wake()
         return stopped
 
     def fail(self, error: ZllmError) -> None:
         if not self.over:
             self._error = error
-            self.over = True
-            self._wake()
+            self._stop()
+            self.wake()
 
     async def take(self) -> Delta:
         """Waits for the next delta. Raises what the request failed with, after the deltas that
         came before."""
-        if self._num_pending >= self._min_tokens or self.over:
-            return self._gather()
-        self._waiter = asyncio.get_running_loop().create_future()
-        return await self._waiter
+        if self.due():
+            return self.gather()
+        waiter: asyncio.Future[Delta] = asyncio.get_running_loop().create_future()
+        self.waiter = waiter
+        return await waiter
 
     async def take_whole(self) -> Delta:
         """Waits for the end and returns all of it, or raises what the request failed with."""
-        self._min_tokens = WHOLE
+        self.min_tokens = WHOLE
         delta = await self.take()
         if self._error is not None:
             raise self._error
         return delta
 
-    def _wake(self) -> None:
-        """Makes the delta here and now, not when its taker has its turn: those of a step's streams
-        are then made one after another, by code that the core still has at hand (decision 038)."""
-        waiter, self._waiter = self._waiter, None
-        if waiter is None or waiter.done():
-            return
-        try:
-            waiter.set_result(self._gather())
-        except Exception as error:
-            waiter.set_exception(error)
-
-    def _gather(self) -> Delta:
+    def gather_rest(self) -> Delta:
+        """gather() where text is not all that there is to do."""
         self._digest()
         if self._error is not None and not self._token_ids:
             raise self._error
         finish = self.finish if self._closed else None
         delta = Delta(self._text, self._token_ids, self._logprobs, finish)
-        self._text, self._token_ids, self._num_pending = "", [], 0
+        self._text, self._token_ids, self.num_pending = "", [], 0
         self.completion_tokens += len(delta.token_ids)
         if self.taken is not None:
             self.taken.append(delta.text)
@@ -159,7 +137,7 @@ class Stream:
 
     def _digest(self) -> None:
         """Turns the tokens that came into text, up to a stop string; the rest is dropped."""
-        tokens, self._undigested = self._undigested, []
+        tokens, self.undigested = self.undigested, []
         if self._closed:
             return
         shown = tokens
@@ -186,12 +164,17 @@ class Stream:
 
     def _close(self, finish: Finish) -> None:
         self.finish = finish
-        self._closed = self.over = True
+        self._closed = True
+        self._stop()
         del self._logprobs[len(self._token_ids) :]
         self.ended_at = self.ended_at or time.monotonic()
 
-    def _end(self, reason: FinishReason) -> None:
+    def _stop(self) -> None:
         self.over = True
+        self.plain = None
+
+    def _end(self, reason: FinishReason) -> None:
+        self._stop()
         self.ended_at = time.monotonic()
         if reason is FinishReason.QUEUE_TIMEOUT:
             self._error = Overloaded(

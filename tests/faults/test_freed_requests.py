@@ -7,13 +7,18 @@ import gc
 
 import pytest
 
-from tests.service.harness import running
-from zllm.errors import InvalidRequest
+from tests.service.harness import Harness, running
+from tests.service.stub_engine import StubEngine
+from zllm.errors import EngineError, InvalidRequest
+from zllm.native.delta_writer import DeltaWriter
+from zllm.service.answers import Run
 from zllm.service.calls import Call
+from zllm.service.streams import Stream
 
 
 async def test_no_request_waits_for_a_garbage_collection() -> None:
-    async with running() as server:
+    engine = StubEngine()
+    async with running(engine) as server:
         gc.collect()
         gc.disable()
         try:
@@ -21,8 +26,26 @@ async def test_no_request_waits_for_a_garbage_collection() -> None:
                 with pytest.raises(InvalidRequest):
                     await server.client.generate("abc", top_p=7.0)
                 await server.client.generate("abc", max_tokens=3)
+                await some_streams(server)
+            await server.until_idle()
             await asyncio.sleep(0.1)
             # A call holds its error, whose traceback holds the request with all of its bytes.
-            assert not [held for held in gc.get_objects() if type(held) is Call]
+            kinds = (Call, Run, Stream, DeltaWriter)
+            assert not [held for held in gc.get_objects() if type(held) in kinds]
         finally:
             gc.enable()
+
+
+async def some_streams(server: Harness) -> None:
+    """One that ends, one that its client leaves, and one that fails."""
+    async for _ in server.client.stream("abc", max_tokens=3):
+        pass
+    left = server.client.stream("abc")
+    async for _ in left:
+        break
+    left.cancel()
+    server.engine.fail_at = 3
+    with pytest.raises(EngineError):
+        async for _ in server.client.stream("abc"):
+            pass
+    server.engine.fail_at = None

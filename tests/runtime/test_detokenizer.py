@@ -110,9 +110,7 @@ def test_the_stop_string_that_is_complete_first_ends_the_text(
 
 def test_tokens_after_the_match_are_neither_text_nor_counted() -> None:
     detokenizer = Detokenizer(embedded(), stop_strings=["b"])
-    for token in embedded().encode("abcd"):
-        detokenizer.push(token)
-    assert detokenizer.num_tokens == 2
+    assert detokenizer.extend(embedded().encode("abcd")) == ("a", 2)
     assert detokenizer.push(embedded().encode("e")[0]) == ""
     assert detokenizer.flush() == ""
 

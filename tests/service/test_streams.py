@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import struct
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from zllm.errors import Unavailable
+from zllm.native.pending import route
+from zllm.native.utf8_text import Utf8Text
 from zllm.runtime.detokenizer import Detokenizer
 from zllm.runtime.embedded import EMBEDDED_MODEL
 from zllm.runtime.messages import FinishReason, TokenLogprobs
 from zllm.runtime.tokenizer import load_tokenizer
-from zllm.service.streams import Stream
+from zllm.service.streams import Finish, Stream
 
 TOKENIZER = load_tokenizer(EMBEDDED_MODEL)
 IDS = TOKENIZER.encode("one two three four five six", add_special_tokens=False)
 
 
 def make(stop: tuple[str, ...] = (), **options: bool | int) -> Stream:
-    return Stream(Detokenizer(TOKENIZER, stop_strings=stop), has_stop_strings=bool(stop), **options)
+    return Stream(Detokenizer(TOKENIZER, stop_strings=stop), **options)
 
 
 async def test_the_first_token_goes_out_alone_and_later_ones_merge() -> None:
@@ -113,3 +118,48 @@ async def test_what_is_pending_is_bounded_by_the_answer_itself() -> None:
     delta = await stream.take()
     assert len(delta.token_ids) == 10_000
     assert delta.text == TOKENIZER.decode([IDS[0]]) * 10_000
+
+
+def entries(*each: tuple[int, int, int]) -> tuple[bytes, bytes, bytes]:
+    """Of (id, token, finish), as a step has them."""
+    ids, tokens, finishes = zip(*each, strict=True)
+    return (
+        struct.pack(f"<{len(each)}q", *ids),
+        struct.pack(f"<{len(each)}i", *tokens),
+        bytes(finishes),
+    )
+
+
+async def test_a_steps_entries_go_to_their_streams_and_ended_ones_leave() -> None:
+    plain, stopping, scored = make(), make(stop=("two",)), make()
+    streams = {1: plain, 1 << 41: stopping, 3: scored}
+    one, *others = IDS
+    logprobs = {3: TokenLogprobs(-1.0, 1, [], [])}
+    step = entries((1, one, 0), (9, one, 0), (1 << 41, one, 0), (3, one, 0))
+    assert route(streams, *step, logprobs) == []
+    deltas = [await stream.take() for stream in (plain, scored)]
+    assert [delta.token_ids for delta in deltas] == [[one], [one]]
+    assert [delta.logprobs for delta in deltas] == [[], [logprobs[3]]]
+    stopped = route(streams, *entries(*((1 << 41, token, 0) for token in others)), {})
+    assert stopped == [1 << 41]
+    assert list(streams) == [1, 3]
+    end = entries((1, one, FinishReason.LENGTH), (3, -1, FinishReason.ABORTED))
+    assert route(streams, *end, {}) == []
+    assert not streams
+    assert (await plain.take()).finish == Finish(FinishReason.LENGTH)
+    assert (await scored.take()).token_ids == []
+
+
+def test_a_step_whose_arrays_differ_in_length_is_refused() -> None:
+    ids, tokens, finishes = entries((1, 1, 0), (2, 2, 0))
+    for step in ((ids[8:], tokens, finishes), (ids, tokens[4:], finishes), (ids, tokens, b"")):
+        with pytest.raises(ValueError, match="length"):
+            route({}, *step, {})
+
+
+@given(st.lists(st.lists(st.sampled_from(range(TOKENIZER.vocab_size + 3)))), st.booleans())
+def test_text_in_pieces_is_the_text_of_the_whole(pieces: list[list[int]], strips: bool) -> None:
+    text = Utf8Text(TOKENIZER.tokens(skip_special_tokens=True), strips)
+    joined = "".join([*map(text.extend, pieces), text.flush()])
+    whole = TOKENIZER.decode([token for piece in pieces for token in piece])
+    assert joined == (whole.removeprefix(" ") if strips else whole)
