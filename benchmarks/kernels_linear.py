@@ -25,7 +25,7 @@ from torch import Tensor
 from zllm.cuda.launcher import KernelLibrary
 from zllm.cuda.linear import SkinnyLinear
 
-ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256)
 _DISTINCT_BYTES = 400_000_000
 
 
