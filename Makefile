@@ -31,13 +31,15 @@ lint: build
 
 # The interpreter leaks by design, so leaks are not looked for; -S keeps the editable install out.
 SANITIZED := build/sanitize/root
+SANITIZED_TESTS := tests/native tests/runtime/test_detokenizer.py tests/service/test_streams.py \
+  tests/service/test_delta_encoder.py tests/service/test_delta_writer.py
 sanitize: build  ## the native core's tests under AddressSanitizer and UBSan
 	$(BIN)/pip install -q --no-deps --no-build-isolation --upgrade --target $(SANITIZED) \
 	  -C cmake.define.ZLLM_SANITIZE=ON -C build-dir=build/sanitize/cmake .
 	LD_PRELOAD=$$(gcc -print-file-name=libasan.so) PYTHONMALLOC=malloc \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	PYTHONPATH=$(SANITIZED):$$($(BIN)/python -c 'import sys; print(":".join(filter(None, sys.path)))'):. \
-	$(BIN)/python -SP -m pytest tests/native -q --noconftest -m "not slow" $(ARGS)
+	$(BIN)/python -SP -m pytest $(SANITIZED_TESTS) -q --noconftest -m "not slow" $(ARGS)
 
 bench: build
 	$(BIN)/python benchmarks/native.py
