@@ -6,18 +6,18 @@ What only some need is in service/streams.py.
 from typing import Any, Protocol
 
 from zllm.native.utf8_text import Utf8Text
-from zllm.runtime.messages import TokenLogprobs
 
 class Delta:
     """What a sequence gained since the last take."""
 
     text: str
     token_ids: list[int]
-    logprobs: list[TokenLogprobs]
+    logprobs: list[Any]
+    """A messages.TokenLogprobs a token, or none."""
     finish: Any
     """A streams.Finish on the sequence's last delta, else None."""
     def __init__(
-        self, text: str, token_ids: list[int], logprobs: list[TokenLogprobs], finish: Any
+        self, text: str, token_ids: list[int], logprobs: list[Any], finish: Any
     ) -> None: ...
 
 class Waiter(Protocol):
@@ -56,7 +56,7 @@ def route(
     request_ids: bytes,
     tokens: bytes,
     finishes: bytes,
-    logprobs: dict[int, TokenLogprobs],
+    logprobs: dict[int, Any],
 ) -> list[int]:
     """Gives the entries of a step (messages.StepOutput) to their streams. Those that end leave
     `streams`; returns the ones that a stop string ended, of which the engine does not know."""

@@ -16,9 +16,13 @@ MAY_IMPORT = {
     "cython": {"zllm.errors", "zllm.native"},
     "cuda": {"zllm.errors", "zllm.cuda"},
     "runtime": {"zllm.errors", "zllm.native", "zllm.cuda", "zllm.runtime"},
-    "service": {"zllm.errors", "zllm.v1", "zllm.runtime", "zllm.service"},
+    "service": {
+        "zllm.errors", "zllm.v1", "zllm.runtime", "zllm.service",
+        # What every token takes of the service's own is native (decision 038).
+        "zllm.native.pending", "zllm.native.delta_encoder", "zllm.native.delta_writer",
+    },
     "clients": {"zllm.errors", "zllm.v1", "zllm.clients"},
-}
+}  # fmt: skip
 ENGINE_SIDE = {
     "zllm.runtime.engine", "zllm.runtime.llm", "zllm.runtime.model_runner", "zllm.runtime.loader",
     "zllm.runtime.torch_ops", "zllm.runtime.torch_runner", "zllm.runtime.model_config",
