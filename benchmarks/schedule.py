@@ -19,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 from traces import Tokens, Turn, bursty, make, poisson
 
-from zllm.native.scheduler import Events, Plan, Scheduler
+from zllm.native.scheduler import Scheduler
+from zllm.native.step_objects import Events, Plan
 
 POLICIES = ("fcfs", "priority", "sjf", "lpm", "fair")
 MAX_MODEL_LEN = 131072

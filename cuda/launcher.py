@@ -87,6 +87,26 @@ class _Layout:
         self.address = ctypes.addressof(self._pointers)
 
 
+def _launch_attribute(name: str, field: str, value: int | Grid) -> Any:
+    """CU_LAUNCH_ATTRIBUTE_`name`, whose value's `field` is a number or has an x, y and z."""
+    attribute = driver.CUlaunchAttribute()
+    attribute.id = getattr(driver.CUlaunchAttributeID, f"CU_LAUNCH_ATTRIBUTE_{name}")
+    if isinstance(value, int):
+        setattr(attribute.value, field, value)
+    else:
+        size = getattr(attribute.value, field)
+        size.x, size.y, size.z = value
+    return attribute
+
+
+def _config_with(attributes: list[Any]) -> Any:
+    """A launch's configuration. Assigning its attributes copies them, so that they are complete
+    when they are assigned."""
+    config = driver.CUlaunchConfig()
+    config.attrs, config.numAttrs = attributes, len(attributes)
+    return config
+
+
 class Kernel:
     """One function of a cubin, loaded in torch's context of `device`."""
 
@@ -158,14 +178,9 @@ class Kernel:
 
     def clusters_at_once(self, size: int, threads: int, shared_bytes: int) -> int:
         """Clusters of `size` thread blocks of it that the device holds."""
-        attribute = driver.CUlaunchAttribute()
-        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-        attribute.value.clusterDim.x = size
-        attribute.value.clusterDim.y = attribute.value.clusterDim.z = 1
-        config = driver.CUlaunchConfig()
+        config = _config_with([_launch_attribute("CLUSTER_DIMENSION", "clusterDim", (size, 1, 1))])
         config.gridDimX, config.gridDimY, config.gridDimZ = size, 1, 1
         config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
-        config.attrs, config.numAttrs = [attribute], 1
         self._allow_shared(shared_bytes)
         config.sharedMemBytes = shared_bytes
         status, count = driver.cuOccupancyMaxActiveClusters(self._handle, config)
@@ -179,20 +194,13 @@ class Kernel:
         self._max_shared = shared_bytes
 
     def _config(self, pdl: bool, cooperative: bool) -> Any:
-        config, attributes = driver.CUlaunchConfig(), []
-        ids = driver.CUlaunchAttributeID
+        attributes = []
         if pdl:
-            attribute = driver.CUlaunchAttribute()
-            attribute.id = ids.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-            attribute.value.programmaticStreamSerializationAllowed = 1
-            attributes.append(attribute)
+            field = "programmaticStreamSerializationAllowed"
+            attributes.append(_launch_attribute("PROGRAMMATIC_STREAM_SERIALIZATION", field, 1))
         if cooperative:
-            attribute = driver.CUlaunchAttribute()
-            attribute.id = ids.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
-            attribute.value.cooperative = 1
-            attributes.append(attribute)
-        config.attrs, config.numAttrs = attributes, len(attributes)
-        self._configs[pdl, cooperative] = config
+            attributes.append(_launch_attribute("COOPERATIVE", "cooperative", 1))
+        config = self._configs[pdl, cooperative] = _config_with(attributes)
         return config
 
 

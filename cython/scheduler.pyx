@@ -1,5 +1,6 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
-"""The scheduler's face: Python objects come in and go out here, and nowhere below.
+"""The scheduler's face: Python objects come in and go out here, and nowhere below; those of a
+step are in step_objects.pyx.
 
 Each call does its work in one nogil pass over the books (books.pxd). The order of a step is
 plan, launch, commit; plan(n) may come before commit(n - 1).
@@ -55,53 +56,9 @@ from zllm.native.sequence cimport (
     sequence_new,
     waiting_deadline,
 )
+from zllm.native.step_objects cimport Plan, new_events, new_plan
 
 POLICIES = ("fcfs", "priority", "sjf", "lpm", "fair")  # in the order of policy.pxd
-
-
-cdef class Plan:
-    """One planned step. Its arena holds all that the device needs; these are the counts."""
-
-    cdef readonly int64_t step
-    cdef readonly int32_t num_rows
-    cdef readonly int32_t num_tokens
-    cdef readonly int32_t num_decodes
-    cdef readonly int32_t num_sampled
-    cdef readonly int32_t num_words
-    cdef readonly int32_t num_copies
-    cdef readonly int32_t num_swap_out
-    cdef readonly int32_t num_swap_in
-    cdef readonly int32_t max_logprobs
-    cdef readonly int32_t max_kv_len
-    cdef readonly int32_t features
-
-
-cdef class Events:
-    """What a commit found out: parallel arrays, one entry a token or a finish."""
-
-    cdef readonly object request_ids
-    cdef readonly object sequences
-    cdef readonly object tokens
-    cdef readonly object finishes
-    cdef readonly object rows
-    cdef readonly list started
-
-
-cdef Events new_events(const EventList* found):
-    """Copies of the found events as numpy arrays."""
-    cdef Events events = Events.__new__(Events)
-    cdef Py_ssize_t n = found.count
-    events.request_ids = array_of(found.request_ids, n * 8, "<i8")
-    events.sequences = array_of(found.indices, n * 4, "<i4")
-    events.tokens = array_of(found.tokens, n * 4, "<i4")
-    events.finishes = array_of(found.finishes, n, "|u1")
-    events.rows = array_of(found.rows, n * 4, "<i4")
-    events.started = []
-    return events
-
-
-cdef object array_of(const void* data, Py_ssize_t size, str dtype):
-    return np.frombuffer((<const char*> data)[:size], dtype)
 
 
 cdef int grow(void** buffer, size_t size) noexcept nogil:
@@ -335,7 +292,6 @@ cdef class Scheduler:
         cdef Step* step
         cdef Packed packed
         cdef Py_buffer view
-        cdef Plan plan
         cdef int32_t num_swap_out = 0
         cdef int32_t num_swap_in = 0
         if self.books.num_planned - self.books.num_committed > 1:
@@ -355,20 +311,7 @@ cdef class Scheduler:
             self._forget_finished()
         if step == NULL:
             return None
-        plan = Plan.__new__(Plan)
-        plan.step = step.number
-        plan.num_rows = step.num_rows
-        plan.num_tokens = step.num_tokens
-        plan.num_decodes = step.num_decodes
-        plan.num_sampled = step.num_sampled
-        plan.num_words = packed.num_words
-        plan.num_copies = step.num_copies
-        plan.num_swap_out = num_swap_out
-        plan.num_swap_in = num_swap_in
-        plan.max_logprobs = packed.max_logprobs
-        plan.max_kv_len = packed.max_kv_len
-        plan.features = packed.features
-        return plan
+        return new_plan(step, &packed, num_swap_out, num_swap_in)
 
     def commit(self, Plan plan not None, tokens, double now):
         """Take the sampled token of each row; see scheduler.pyi."""
@@ -389,11 +332,7 @@ cdef class Scheduler:
         PyBuffer_Release(&view)
         if self.books.num_finished:
             self._forget_finished()
-        events = new_events(&self.found)
-        for i in range(num_started):
-            events.started.append((self.started[i].request_id, self.started[i].cached_tokens,
-                                   self.started[i].queued, self.started[i].prefill))
-        return events
+        return new_events(&self.found, self.started, num_started)
 
     def poll(self, double now):
         """Finishes that need no step; see scheduler.pyi."""
@@ -403,7 +342,7 @@ cdef class Scheduler:
         self.found.count = 0
         drain_ended(&self.books, &self.found)
         self._forget_finished()
-        return new_events(&self.found)
+        return new_events(&self.found, NULL, 0)
 
     def has_work(self):
         """Whether any sequence is live, or a finish is not reported yet."""

@@ -24,7 +24,7 @@ from zllm.cuda.event import Event
 from zllm.cuda.launcher import KernelLibrary
 from zllm.cuda.upload import Upload
 from zllm.native import arena as layout
-from zllm.native.scheduler import Plan
+from zllm.native.step_objects import Plan
 from zllm.runtime.config import BLOCK_SIZE, EngineConfig
 from zllm.runtime.cuda_graphs import StepGraphs, bucket_of, choose_buckets
 from zllm.runtime.cuda_memory import memory_taken, plan_memory

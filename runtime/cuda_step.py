@@ -17,7 +17,7 @@ from zllm.cuda.attention import PagedAttention
 from zllm.cuda.compiler import Program
 from zllm.cuda.launcher import KernelLibrary
 from zllm.native import arena as layout
-from zllm.native.scheduler import Plan
+from zllm.native.step_objects import Plan
 from zllm.runtime.kv_cache import KVCache
 from zllm.runtime.ops import Batch, Sampled
 from zllm.runtime.row_tables import RowTables

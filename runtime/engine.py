@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from zllm.errors import InvariantError, Overloaded, RequestError
-from zllm.native.scheduler import Events, Plan, Scheduler
+from zllm.native.scheduler import Scheduler
+from zllm.native.step_objects import Events, Plan
 from zllm.runtime.config import EngineConfig
 from zllm.runtime.engine_stats import StepTally
 from zllm.runtime.messages import (

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from zllm.errors import ConfigError, InvariantError
-from zllm.native.scheduler import Plan
+from zllm.native.step_objects import Plan
 from zllm.runtime.config import EngineConfig
 from zllm.runtime.messages import TokenLogprobs
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from zllm.errors import ConfigError
 from zllm.native import arena as layout
-from zllm.native.scheduler import Plan
+from zllm.native.step_objects import Plan
 from zllm.runtime.config import BLOCK_SIZE, EngineConfig
 from zllm.runtime.hub import resolve_model
 from zllm.runtime.kv_cache import (

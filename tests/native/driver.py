@@ -9,7 +9,8 @@ import numpy as np
 
 from tests.native.device import VOCAB, Device, extend, sample
 from zllm.native import arena as layout
-from zllm.native.scheduler import Plan, Scheduler
+from zllm.native.scheduler import Scheduler
+from zllm.native.step_objects import Plan
 
 EOS = 0
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from zllm.native import arena as layout
-from zllm.native.scheduler import Plan, Scheduler
+from zllm.native.scheduler import Scheduler
+from zllm.native.step_objects import Plan
 from zllm.runtime.config import EngineConfig
 from zllm.runtime.model_runner import Ticket, make_runner
 
