@@ -20,7 +20,7 @@ from zllm.errors import KernelError
 _FLOAT = (torch.float32,)
 _COUNTS = (torch.int16,)
 _CHUNK = 64
-_PARTIAL_BYTES = 24
+_PARTIAL_BYTES = 16
 _MAX_SPLITS = 64
 _CHOOSE_THREADS = 1024
 _MAX_VOCAB = 1 << 18
@@ -90,7 +90,7 @@ class Sampler:
         where = f"cuda:{kernels.device}"
         self._partials = torch.empty(most * _PARTIAL_BYTES, dtype=torch.uint8, device=where)
         chunks = -(-vocab // _CHUNK)
-        self._chunk_max = torch.empty(max_rows * chunks, dtype=torch.float32, device=where)
+        self._chunks = torch.empty(max_rows * chunks, dtype=torch.float32, device=where)
         # struct Shared of sampler.cu: histogram, token list, weights, chunks and the small rest.
         self._shared_bytes = 2048 * 8 + 4096 * 8 + 256 * 8 + -(-chunks // 8) * 16 + 1024
 
@@ -114,7 +114,7 @@ class Sampler:
         self._check_counts(counts, rows.params.shape[0])
         splits = self._splits(num)
         where = (rows.params, rows.sample_rows, rows.sample_tokens, rows.positions)
-        scratch = (self._partials, self._chunk_max)
+        scratch = (self._partials, self._chunks)
         self._scan.launch((splits, num, 1), (256, 1, 1), (*scratch, logits, *where), pdl=self._pdl)
         self._choose.launch(
             (num, 1, 1),

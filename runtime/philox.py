@@ -14,6 +14,9 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 _LARGEST_BELOW_1 = 1.0 - 2.0**-24
 
+OF_TOKENS, OF_CHUNKS = 0, 1
+"""What draws noise, as the counter's third word: their noises are independent."""
+
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -41,31 +44,16 @@ def uniform(words: Tensor) -> Tensor:
     return words.float().mul_(2.0**-32).add_(2.0**-33).clamp_(max=_LARGEST_BELOW_1)
 
 
-def gumbel(seed: Tensor, position: Tensor, index: Tensor) -> Tensor:
-    """Standard Gumbel noise -log(-log(u)), float32 like `index`.
+def gumbel(seed: Tensor, position: Tensor, index: Tensor, of: int = OF_TOKENS) -> Tensor:
+    """Standard Gumbel noise -log(-log(u)), [S, N] float32.
 
-    seed: [S, 2] int32, the low and the high word; position: [S]; index: [S, N] vocabulary ids.
-    u is word `index % 4` of the counter (position, index / 4, 0, 0) under the key `seed`.
+    seed: [S, 2] int32, the low and the high word; position: [S]; index: [S, N] or [1, N] ids of
+    tokens or chunks. u is word `index % 4` of the counter (position, index / 4, of, 0) under the
+    key `seed`.
     """
-    words = philox(*_key_and_counter(seed, position, index >> 2))
-    chosen = torch.stack(torch.broadcast_tensors(*words)).gather(0, (index & 3)[None])[0]
-    return _gumbel(chosen)
-
-
-def gumbel_all(seed: Tensor, position: Tensor, vocab_size: int) -> Tensor:
-    """The noise of the whole vocabulary, [S, V]: a quarter of the counters serves it all."""
-    quads = torch.arange(-(-vocab_size // 4), device=seed.device)[None]
-    words = torch.broadcast_tensors(*philox(*_key_and_counter(seed, position, quads)))
-    return _gumbel(torch.stack(words, dim=-1).flatten(1)[:, :vocab_size])
-
-
-def _key_and_counter(
-    seed: Tensor, position: Tensor, quads: Tensor
-) -> tuple[tuple[Tensor, Tensor], Words]:
     low, high = (seed.long() & _MASK).split(1, dim=1)
     zero = torch.zeros_like(low)
-    return (low, high), (position.long()[:, None], quads.long(), zero, zero)
-
-
-def _gumbel(words: Tensor) -> Tensor:
-    return uniform(words).log_().neg_().log_().neg_()
+    words = philox((low, high), (position.long()[:, None], index.long() >> 2, zero + of, zero))
+    which = (index & 3).expand_as(words[0])
+    chosen = torch.stack(words).gather(0, which[None])[0]
+    return uniform(chosen).log_().neg_().log_().neg_()

@@ -5,20 +5,28 @@ the temperature; min-p, then top-k, then top-p cut what remains, each on the dis
 one before left. Every cut is a threshold: tokens as likely as the last one kept are kept too, so
 the result does not depend on how a sort breaks ties. One token is drawn by the Gumbel-max trick:
 the argmax of logit / temperature + Gumbel noise, keyed by the row's seed and position.
+
+Where nothing is cut, the trick goes top-down: the largest of logit / temperature + noise over a
+chunk of tokens is distributed as the chunk's log-sum-exp + one noise. So that picks the chunk, and
+the tokens' own noise, which is independent, picks among its tokens: noise for a chunk in place of
+noise for each of its tokens.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from zllm.native import arena
 from zllm.runtime.ops import Sampled, SamplingStep
-from zllm.runtime.philox import gumbel, gumbel_all
+from zllm.runtime.philox import OF_CHUNKS, gumbel
 
 _CUTS = arena.S_TOP_K | arena.S_TOP_P | arena.S_MIN_P
 _AT_ONCE = 2**22
 """Logits that are drawn from at once: it bounds the memory that the noise takes."""
+_CHUNK = 64
+"""Tokens that share a noise where nothing is cut; the kernels' kChunk."""
 _CANDIDATES = 256
 """The most likely tokens that the cuts are first tried on: nearly always enough."""
 
@@ -82,7 +90,15 @@ def _draw(scaled: Tensor, params: Tensor, lengths: Tensor, features: int) -> Ten
 
 
 def _draw_from_all(scaled: Tensor, params: Tensor, lengths: Tensor) -> Tensor:
-    return (scaled + gumbel_all(_seed(params), lengths, scaled.shape[1])).argmax(dim=-1)
+    """[n, V] -> [n]: a chunk of the vocabulary, then a token of it."""
+    seed, device = _seed(params), scaled.device
+    padded = pad(scaled, (0, -scaled.shape[1] % _CHUNK), value=-torch.inf)
+    weights = padded.unflatten(1, (-1, _CHUNK)).logsumexp(dim=-1)
+    chunks = torch.arange(weights.shape[1], device=device)[None]
+    chunk = (weights + gumbel(seed, lengths, chunks, OF_CHUNKS)).argmax(dim=-1, keepdim=True)
+    ids = chunk * _CHUNK + torch.arange(_CHUNK, device=device)
+    token = (padded.gather(1, ids) + gumbel(seed, lengths, ids)).argmax(dim=-1, keepdim=True)
+    return torch.gather(ids, 1, token)[:, 0]
 
 
 def _draw_from_most_likely(scaled: Tensor, params: Tensor, lengths: Tensor) -> Tensor:

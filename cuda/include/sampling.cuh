@@ -9,24 +9,57 @@ constexpr float kInfinity = __builtin_bit_cast(float, 0x7f800000u);
 
 static_assert(VOCAB < (1 << 18), "histograms hold fewer than 2^18 tokens");
 
-// kVec logits from `id` on; past the vocabulary they are -inf.
-__device__ __forceinline__ void load_logits(const SCALAR* row, int id, float* x) {
-  if constexpr (VOCAB % kVec == 0) {
-    if (id < VOCAB) {
-      const Vec<SCALAR> v = load_vec(row + id);
+// A word of logits that are all -inf.
+template <typename T> constexpr u32 kNothing = 0xff800000u;
+template <> constexpr u32 kNothing<__half> = 0xfc00fc00u;
+template <> constexpr u32 kNothing<__nv_bfloat16> = 0xff80ff80u;
+
+template <typename T> __device__ __forceinline__ void unpack(const Vec<T>& v, float* x) {
 #pragma unroll
-      for (int j = 0; j < kVec; ++j) x[j] = v[j];
-      return;
-    }
+  for (int j = 0; j < kVec; ++j) x[j] = v[j];
+}
+// Of the two bf16 in a word one is a shift away and one a mask.
+__device__ __forceinline__ void unpack(const Vec<__nv_bfloat16>& v, float* x) {
+  const uint4 words = *reinterpret_cast<const uint4*>(&v);
+  const u32 w[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    x[2 * i] = __uint_as_float(w[i] << 16);
+    x[2 * i + 1] = __uint_as_float(w[i] & 0xffff0000u);
   }
+}
+
+// kVec logits from `id` on, a multiple of kVec; from `end` on, such a multiple or VOCAB, -inf.
+__device__ __forceinline__ void load_logits(const SCALAR* row, int id, int end, float* x) {
+  if constexpr (VOCAB % kVec == 0) {
+    constexpr u32 none = kNothing<SCALAR>;
+    Vec<SCALAR> v;
+    uint4& words = *reinterpret_cast<uint4*>(&v);
+    words = make_uint4(none, none, none, none);
+    if (id < end) words = *reinterpret_cast<const uint4*>(row + id);
+    unpack(v, x);
+  } else {
 #pragma unroll
-  for (int j = 0; j < kVec; ++j) x[j] = id + j < VOCAB ? to_float(row[id + j]) : -kInfinity;
+    for (int j = 0; j < kVec; ++j) x[j] = id + j < end ? to_float(row[id + j]) : -kInfinity;
+  }
 }
 
 // exp2 to float32's accuracy but for results below the normal range, which become 0.
 __device__ __forceinline__ float fast_exp2(float x) {
   float out;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
+  return out;
+}
+// log2 to 2^-22, of 0 or a number in the normal range.
+__device__ __forceinline__ float fast_log2(float x) {
+  float out;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
+  return out;
+}
+// The larger, or NaN if one is NaN.
+__device__ __forceinline__ float max_or_nan(float a, float b) {
+  float out;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(out) : "f"(a), "f"(b));
   return out;
 }
 
@@ -89,14 +122,19 @@ __device__ __forceinline__ u32 least_bits(float needed) {
   return v < 1.f ? ~u32(v * 0x1p32f) : 0u;
 }
 
-// The noise of tokens 4 * group .. 4 * group + 3 at a position of a sequence.
+// What draws noise, as the counter's third word: their noises are independent.
+constexpr u32 kOfTokens = 0, kOfChunks = 1;
+
+// The noise at a position of a sequence.
 struct Noise {
   uint2 seed;
   u32 position;
 
-  __device__ __forceinline__ uint4 bits(int group) const {
-    return philox(make_uint4(position, u32(group), 0, 0), seed);
+  // That of tokens (or chunks) 4 * group .. 4 * group + 3.
+  __device__ __forceinline__ uint4 bits(int group, u32 of = kOfTokens) const {
+    return philox(make_uint4(position, u32(group), of, 0), seed);
   }
+  // That of token `id`.
   __device__ __forceinline__ float operator()(int id) const {
     const uint4 r = bits(id / 4);
     const int i = id % 4;
@@ -113,6 +151,8 @@ struct Params {
   // `length`: tokens of the sequence so far, the position of the token to sample.
   __device__ __forceinline__ Params(const int* record, int length) {
     temperature = __int_as_float(record[P_TEMPERATURE]);
+    // Logits over a smaller one would overflow; the best token wins at this one too.
+    if (temperature > 0.f) temperature = fmaxf(temperature, 1e-30f);
     top_p = __int_as_float(record[P_TOP_P]);
     min_p = __int_as_float(record[P_MIN_P]);
     top_k = record[P_TOP_K];
@@ -122,6 +162,6 @@ struct Params {
   __device__ __forceinline__ bool limits_count() const { return top_k > 0 && top_k < VOCAB; }
   __device__ __forceinline__ bool limits_mass() const { return top_p < 1.f; }
   __device__ __forceinline__ bool filtered() const {
-    return limits_count() || limits_mass() || min_p > 0.f;
+    return !greedy() && (limits_count() || limits_mass() || min_p > 0.f);
   }
 };

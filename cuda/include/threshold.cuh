@@ -10,7 +10,7 @@
 #pragma once
 #include "sampling.cuh"
 
-constexpr int kChunk = 64;  // logits whose largest is remembered by the first pass over the row
+constexpr int kChunk = 64;  // logits of which the first pass over the row keeps one number
 constexpr int kChunks = (VOCAB + kChunk - 1) / kChunk;
 constexpr int kBins = 2048;
 constexpr int kDigitShift = 21;  // the first digit of q
@@ -57,7 +57,7 @@ template <int Threads> struct Tokens {
       for (int d = 0; d < kDepth; ++d) {
         const int v = base + d * Threads;
         ids[d] = v < vectors ? chunks[v / kLanes] * kChunk + v % kLanes * kVec : VOCAB;
-        load_logits(row, ids[d], x[d]);
+        load_logits(row, ids[d], VOCAB, x[d]);
       }
 #pragma unroll
       for (int d = 0; d < kDepth; ++d) f(ids[d], x[d]);

@@ -8,7 +8,7 @@ constexpr int kStep = kThreads * kVec;
 // The better of `best` and the best of one vector's logits that stand below `bar`.
 __device__ __forceinline__ u64 best_of_vector(const SCALAR* row, int id, u64 bar, u64 best) {
   float x[kVec];
-  load_logits(row, id, x);
+  load_logits(row, id, VOCAB, x);
 #pragma unroll
   for (int j = 0; j < kVec; ++j) {
     const u64 mine = pack(x[j], id + j);
@@ -37,7 +37,7 @@ logprobs(float* out, int* ranks, int* top_ids, float* top_logprobs,
 #pragma unroll 2
   for (int id = threadIdx.x * kVec; id < VOCAB; id += kStep) {
     float x[kVec];
-    load_logits(row, id, x);
+    load_logits(row, id, VOCAB, x);
     float most = x[0];
 #pragma unroll
     for (int j = 0; j < kVec; ++j) {

@@ -1,11 +1,15 @@
 // Samples one token a row: greedy, or Gumbel-max (argmax of logit / T + noise) over the tokens
 // that top-k, top-p and min-p allow.
 //
-// `scan_logits` reads each row once, in `splits` slices, for its best token, its normalizer, the
-// best noisy token where nothing is filtered, and the largest logit of each chunk of 64.
-// `choose_tokens` cuts filtered rows: the chunks' largest bound the cut, so that in nearly every
-// row only a few chunks are read again. Filters compose as min-p, then top-k, then top-p, each on
-// what the one before left; tokens of equal logit are allowed or not together.
+// `scan_logits` reads each row once, in `splits` slices, and leaves a number for each chunk of 64
+// logits. What `choose_tokens` does with them depends on the row:
+// - Greedy: the slices' best tokens are all it needs.
+// - Nothing filtered: the largest of logit / T + noise over a chunk is distributed as the chunk's
+//   log-sum-exp + one noise. So one noise a chunk picks the chunk, still in the scan, and the
+//   tokens' own noise, independent of it, picks among its 64 tokens.
+// - Filtered: the chunks' largest logits bound the cut, so that in nearly every row only a few
+//   chunks are read again. Filters compose as min-p, then top-k, then top-p, each on what the one
+//   before left; tokens of equal logit are allowed or not together.
 //
 // A row whose logits hold NaN or +inf, or nothing but -inf, gives token -1.
 #include "sampling.cuh"
@@ -14,9 +18,8 @@
 constexpr int kScanThreads = 256;
 constexpr int kChooseThreads = 1024;
 
-struct Partial {
-  u64 best;    // packed (logit, id)
-  u64 sample;  // packed (logit / T + noise, id); where nothing is filtered
+struct alignas(16) Partial {
+  u64 best;      // packed (logit, id); where nothing is filtered (log-sum-exp + noise, chunk)
   float weight;  // sum of exp((logit - slice's best) / T); where top-p needs it
   int bad;       // a NaN or +inf
 };
@@ -45,74 +48,134 @@ __device__ __forceinline__ void draw(const Params& params, int id, const float* 
   }
 }
 
-template <bool Greedy, bool Filtered>
-__device__ __forceinline__ Partial scan_slice(const SCALAR* row, int begin, int end,
-                                              const Params& params, float* chunk_max) {
-  constexpr int kDepth = 4;  // loads in flight
-  constexpr int kLanes = kChunk / kVec;
-  const float inverse = Greedy ? 0.f : 1.f / params.temperature;
-  const float scale = inverse * 1.4426950408889634f;
+constexpr int kDepth = 4;                // vectors that a thread loads at a time
+constexpr int kLanes = kChunk / kVec;    // threads of a chunk
+constexpr int kStep = kScanThreads * kVec;
+constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+static_assert(kDepth <= kLanes, "see draw_chunk");
+
+// The vectors of a slice, kDepth at a time: f(first id of the first, logits, each one's largest);
+// the ids of the others are each kStep further. Every thread takes part in every visit; past
+// `end` logits are -inf. Whether this thread saw a NaN or +inf.
+template <typename F>
+__device__ __forceinline__ bool visit_slice(const SCALAR* row, int begin, int end, F f) {
+  bool bad = false;
+  for (int base = begin; base < end; base += kDepth * kStep) {
+    const int id = base + threadIdx.x * kVec;
+    float x[kDepth][kVec], top[kDepth];
+#pragma unroll
+    for (int d = 0; d < kDepth; ++d) load_logits(row, id + d * kStep, end, x[d]);
+#pragma unroll
+    for (int d = 0; d < kDepth; ++d) {
+      top[d] = x[d][0];
+#pragma unroll
+      for (int j = 1; j < kVec; ++j) top[d] = max_or_nan(top[d], x[d][j]);
+      bad |= !(top[d] < kInfinity);
+    }
+    f(id, x, top);
+  }
+  return bad;
+}
+
+// Over the lanes of a chunk, which all get it: in one order, wherever slices begin.
+__device__ __forceinline__ float chunk_max(float x) {
+#pragma unroll
+  for (int offset = kLanes / 2; offset > 0; offset >>= 1)
+    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, offset));
+  return x;
+}
+__device__ __forceinline__ float chunk_sum(float x) {
+#pragma unroll
+  for (int offset = kLanes / 2; offset > 0; offset >>= 1)
+    x += __shfl_xor_sync(0xffffffffu, x, offset);
+  return x;
+}
+
+// A slice's best token; where filtered, also its chunks' largest logits.
+template <bool Filtered>
+__device__ __forceinline__ Partial find_best(const SCALAR* row, int begin, int end,
+                                             const Params& params, float* chunks) {
+  const float scale = Filtered ? kLog2E / params.temperature : 0.f;
   // Where top-k or min-p come first, top-p is of what they leave.
   const bool weigh =
       Filtered && params.limits_mass() && !params.limits_count() && !(params.min_p > 0.f);
-  float best = -kInfinity, sample = -kInfinity, weight = 0.f;
-  int best_id = begin, sample_id = begin;
-  bool bad = false;
-  for (int base = begin; base < end; base += kDepth * kScanThreads * kVec) {
-    float x[kDepth][kVec];
+  float best = -kInfinity, weight = 0.f;
+  int best_id = begin;
+  const bool bad = visit_slice(
+      row, begin, end, [&](int first, const float (&x)[kDepth][kVec], const float (&top)[kDepth]) {
 #pragma unroll
-    for (int d = 0; d < kDepth; ++d) {
-      const int id = base + (d * kScanThreads + threadIdx.x) * kVec;
-      if (id < end) {
-        load_logits(row, id, x[d]);
-      } else {
+        for (int d = 0; d < kDepth; ++d) {
+          const int id = first + d * kStep;
+          if (Filtered) {
+            const float chunk = chunk_max(top[d]);
+            if (threadIdx.x % kLanes == 0 && id < end) chunks[id / kChunk] = chunk;
+          }
+          if (top[d] > best) {
+            if (weigh) weight *= fast_exp2((best - top[d]) * scale);
+            best = top[d];
 #pragma unroll
-        for (int j = 0; j < kVec; ++j) x[d][j] = -kInfinity;
-      }
-    }
+            for (int j = kVec - 1; j >= 0; --j)
+              if (x[d][j] == best) best_id = id + j;
+          }
+          if (weigh && best > -kInfinity) {
 #pragma unroll
-    for (int d = 0; d < kDepth; ++d) {
-      const int id = base + (d * kScanThreads + threadIdx.x) * kVec;
-      float top = x[d][0];
-#pragma unroll
-      for (int j = 0; j < kVec; ++j) {
-        bad |= !(x[d][j] < kInfinity);
-        top = fmaxf(top, x[d][j]);
-      }
-      if (Filtered) {
-        float chunk = top;
-#pragma unroll
-        for (int offset = kLanes / 2; offset > 0; offset >>= 1)
-          chunk = fmaxf(chunk, __shfl_xor_sync(0xffffffffu, chunk, offset));
-        if (threadIdx.x % kLanes == 0 && id < end) chunk_max[id / kChunk] = chunk;
-      }
-      if (top > best) {
-        if (weigh) weight *= fast_exp2((best - top) * scale);
-        best = top;
-#pragma unroll
-        for (int j = kVec - 1; j >= 0; --j)
-          if (x[d][j] == top) best_id = id + j;
-      }
-      if (weigh && best > -kInfinity) {
-#pragma unroll
-        for (int j = 0; j < kVec; ++j) weight += fast_exp2((x[d][j] - best) * scale);
-      }
-      if (!Greedy && !Filtered && id < end)
-        draw(params, id, x[d], top, inverse, sample, sample_id, [](float) { return true; });
-    }
-    // What one lane has reached is the bar for all of them.
-    if (!Greedy && !Filtered) {
-      const u64 reached = warp_max(pack(sample, sample_id));
-      sample = packed_value(reached);
-      sample_id = packed_id(reached);
-    }
-  }
-  return {pack(best, best_id), pack(sample, sample_id), weight, bad};
+            for (int j = 0; j < kVec; ++j) weight += fast_exp2((x[d][j] - best) * scale);
+          }
+        }
+      });
+  return {pack(best, best_id), weight, bad};
 }
 
-// Grid: (splits, S). logits [S, VOCAB]; partials [S, splits]; chunk_max [S, kChunks].
+// A slice's best chunk by log-sum-exp + noise.
+__device__ __forceinline__ Partial draw_chunk(const SCALAR* row, int begin, int end,
+                                              const Params& params, float* chunks) {
+  const float scale = kLog2E / params.temperature;
+  const int lane = threadIdx.x % kLanes;
+  const bool bad = visit_slice(
+      row, begin, end, [&](int id, const float (&x)[kDepth][kVec], const float (&top)[kDepth]) {
+        // Each lane of a chunk finishes another of the kDepth chunks.
+        float my_most = 0.f, my_sum = 0.f;
+#pragma unroll
+        for (int d = 0; d < kDepth; ++d) {
+          // Finite where all are -inf, whose sum is then 0 and its logarithm -inf.
+          const float most = fmaxf(chunk_max(top[d]) * scale, -0x1p127f);
+          float sum = 0.f;
+#pragma unroll
+          for (int j = 0; j < kVec; ++j) sum += fast_exp2(fmaf(x[d][j], scale, -most));
+          sum = chunk_sum(sum);
+          if (lane == d) {
+            my_most = most;
+            my_sum = sum;
+          }
+        }
+        const int my_id = id + lane * kStep;
+        if (lane < kDepth && my_id < end)
+          chunks[my_id / kChunk] = (my_most + fast_log2(my_sum)) * kLn2;
+      });
+  __syncthreads();
+  // The noise is made here and not above, where few lanes at a time would have any to make.
+  const int last = (end + kChunk - 1) / kChunk;
+  float sample = -kInfinity;
+  int sample_chunk = begin / kChunk;
+  for (int c = begin / kChunk + 4 * threadIdx.x; c < last; c += 4 * kScanThreads) {
+    const uint4 bits = params.noise.bits(c / 4, kOfChunks);
+    const u32 random[4] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float score = c + i < last ? chunks[c + i] + gumbel(random[i]) : -kInfinity;
+      if (score > sample) {
+        sample = score;
+        sample_chunk = c + i;
+      }
+    }
+  }
+  return {pack(sample, sample_chunk), 0.f, bad};
+}
+
+// Grid: (splits, S). logits [S, VOCAB]; partials [S, splits]; chunks [S, kChunks]: the largest
+// logit of each where the row is filtered, else log-sum-exp of logit / T.
 extern "C" __global__ void __launch_bounds__(kScanThreads)
-scan_logits(Partial* partials, float* chunk_max, const SCALAR* __restrict__ logits,
+scan_logits(Partial* partials, float* chunks, const SCALAR* __restrict__ logits,
             const int* __restrict__ table, const int* __restrict__ sample_rows,
             const int* __restrict__ sample_tokens, const int* __restrict__ positions) {
   __shared__ u64 packed[kScanThreads / 32];
@@ -121,20 +184,21 @@ scan_logits(Partial* partials, float* chunk_max, const SCALAR* __restrict__ logi
   wait_for_previous();
   const int s = blockIdx.y, splits = gridDim.x;
   const Params params(table + i64(sample_rows[s]) * PARAM_WORDS, positions[sample_tokens[s]] + 1);
-  const int share = (kChunks + splits - 1) / splits * kChunk;
-  const int begin = min(VOCAB, int(blockIdx.x) * share), end = min(VOCAB, begin + share);
+  // Whole groups of the four chunks whose noise is made at once.
+  constexpr int kGroups = (kChunks + 3) / 4;
+  const int share = (kGroups + splits - 1) / splits * 4 * kChunk;
+  const int begin = blockIdx.x * share, end = min(VOCAB, begin + share);
   const SCALAR* row = logits + i64(s) * VOCAB;
-  float* chunks = chunk_max + i64(s) * kChunks;
+  chunks += i64(s) * kChunks;
   Partial mine;
   if (params.greedy())
-    mine = scan_slice<true, false>(row, begin, end, params, chunks);
+    mine = find_best<false>(row, begin, end, params, chunks);
   else if (params.filtered())
-    mine = scan_slice<false, true>(row, begin, end, params, chunks);
+    mine = find_best<true>(row, begin, end, params, chunks);
   else
-    mine = scan_slice<false, false>(row, begin, end, params, chunks);
+    mine = draw_chunk(row, begin, end, params, chunks);
   Partial all;
   all.best = block_max<kScanThreads>(mine.best, packed);
-  all.sample = block_max<kScanThreads>(mine.sample, packed);
   const float gap = packed_value(mine.best) - packed_value(all.best);  // NaN where both are -inf
   const float weight = gap <= 0.f ? mine.weight * expf(gap / params.temperature) : 0.f;
   all.weight = block_sum<kScanThreads>(mine.weight > 0.f ? weight : 0.f, sums);
@@ -180,9 +244,9 @@ __device__ __forceinline__ bool among_few(Shared& shared, const Params& params, 
   return kept && float(before) < share;
 }
 
-// The token of a filtered row; all threads get it.
+// The token of a filtered row, whose chunks have these largest logits; all threads get it.
 __device__ __forceinline__ int choose_filtered(Shared& shared, const SCALAR* row,
-                                               const float* chunk_max, const Params& params) {
+                                               const float* tops, const Params& params) {
   constexpr int kShare = (kChunks + kChooseThreads - 1) / kChooseThreads;
   auto& histogram = shared.histogram;
   const float best = packed_value(shared.row.best), inverse = 1.f / params.temperature;
@@ -194,7 +258,7 @@ __device__ __forceinline__ int choose_filtered(Shared& shared, const SCALAR* row
 #pragma unroll
   for (int i = 0; i < kShare; ++i) {
     const int c = threadIdx.x + i * kChooseThreads;
-    nearest[i] = c < kChunks ? distance(best, chunk_max[c], inverse) : 0xffffffffu;
+    nearest[i] = c < kChunks ? distance(best, tops[c], inverse) : 0xffffffffu;
   }
   // A bound: k chunks reach it, so k tokens do; likewise for weight, where top-p is of the whole.
   u32 last_bin = cut >> kDigitShift;
@@ -260,11 +324,47 @@ __device__ __forceinline__ int choose_filtered(Shared& shared, const SCALAR* row
   return packed_id(block_max<kChooseThreads>(pack(sample, sample_id), shared.packed));
 }
 
+// A row's partials as one; for one warp, whose threads all get it.
+__device__ __forceinline__ Partial combine(const Partial* partials, int splits, float temperature) {
+  Partial all = {0, 0.f, 0};
+  for (int i = threadIdx.x; i < splits; i += 32) {
+    const Partial p = partials[i];
+    all.best = p.best > all.best ? p.best : all.best;
+    all.bad |= p.bad;
+  }
+  all.best = warp_max(all.best);
+  all.bad = __any_sync(0xffffffffu, all.bad);
+  for (int i = threadIdx.x; i < splits; i += 32) {
+    const Partial p = partials[i];
+    const float gap = packed_value(p.best) - packed_value(all.best);
+    if (p.weight > 0.f) all.weight += p.weight * expf(gap / temperature);
+  }
+  all.weight = warp_sum(all.weight);
+  return all;
+}
+
+// A token of the chunk by the tokens' noise; for one warp, whose threads all get it.
+__device__ __forceinline__ int draw_token(const SCALAR* row, int chunk, const Params& params) {
+  float sample = -kInfinity;
+  int sample_id = chunk * kChunk;
+#pragma unroll
+  for (int i = 0; i < kChunk; i += 32) {
+    const int id = chunk * kChunk + i + threadIdx.x;
+    const float logit = id < VOCAB ? to_float(row[id]) : -kInfinity;
+    const float score = logit / params.temperature + params.noise(id);
+    if (score > sample) {
+      sample = score;
+      sample_id = id;
+    }
+  }
+  return packed_id(warp_max(pack(sample, sample_id)));
+}
+
 // Grid: S. tokens [S]; last_token [rows + 1]; counts [rows + 1, VOCAB] or null: its low 15 bits
 // count the tokens that a row has sampled.
 extern "C" __global__ void __launch_bounds__(kChooseThreads)
 choose_tokens(int* tokens, int* last_token, u16* counts, const Partial* __restrict__ partials,
-              const float* chunk_max, const SCALAR* logits, const int* __restrict__ table,
+              const float* chunks, const SCALAR* logits, const int* __restrict__ table,
               const int* __restrict__ sample_rows, const int* __restrict__ sample_tokens,
               const int* __restrict__ positions, int splits) {
   extern __shared__ __align__(16) char memory[];
@@ -273,35 +373,25 @@ choose_tokens(int* tokens, int* last_token, u16* counts, const Partial* __restri
   wait_for_previous();
   const int s = blockIdx.x, device_row = sample_rows[s];
   const Params params(table + i64(device_row) * PARAM_WORDS, positions[sample_tokens[s]] + 1);
-  if (threadIdx.x < 32) {
-    Partial all = {0, 0, 0.f, 0};
-    for (int i = threadIdx.x; i < splits; i += 32) {
-      const Partial p = partials[i64(s) * splits + i];
-      all.best = p.best > all.best ? p.best : all.best;
-      all.sample = p.sample > all.sample ? p.sample : all.sample;
-      all.bad |= p.bad;
-    }
-    all.best = warp_max(all.best);
-    all.sample = warp_max(all.sample);
-    all.bad = __any_sync(0xffffffffu, all.bad);
-    for (int i = threadIdx.x; i < splits; i += 32) {
-      const Partial p = partials[i64(s) * splits + i];
-      const float gap = packed_value(p.best) - packed_value(all.best);
-      if (p.weight > 0.f) all.weight += p.weight * expf(gap / params.temperature);
-    }
-    all.weight = warp_sum(all.weight);
+  const bool filtered = params.filtered();
+  if (!filtered && threadIdx.x >= 32) return;  // a warp is enough
+  const SCALAR* row = logits + i64(s) * VOCAB;
+  Partial all;
+  if (threadIdx.x < 32) all = combine(partials + i64(s) * splits, splits, params.temperature);
+  if (filtered) {
     if (threadIdx.x == 0) shared.row = all;
+    __syncthreads();
+    all = shared.row;
   }
-  __syncthreads();
   int token;
-  if (shared.row.bad || packed_value(shared.row.best) == -kInfinity)
+  if (all.bad || packed_value(all.best) == -kInfinity)
     token = -1;
   else if (params.greedy())
-    token = packed_id(shared.row.best);
-  else if (!params.filtered())
-    token = packed_id(shared.row.sample);
+    token = packed_id(all.best);
+  else if (filtered)
+    token = choose_filtered(shared, row, chunks + i64(s) * kChunks, params);
   else
-    token = choose_filtered(shared, logits + i64(s) * VOCAB, chunk_max + i64(s) * kChunks, params);
+    token = draw_token(row, packed_id(all.best), params);
   if (threadIdx.x == 0) {
     tokens[s] = token;
     last_token[device_row] = token;

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.runtime.draws import assert_drawn_from
 from zllm.cuda.launcher import KernelLibrary
 from zllm.cuda.sampler import Bias, SampledRows, Sampler
 from zllm.errors import KernelError
@@ -115,10 +116,13 @@ def test_mixed_rows_small(kernels: KernelLibrary) -> None:
     assert torch.equal(batch.sample(sampler, logits), batch.expected(logits))
 
 
-def test_a_row_samples_the_same_alone_and_in_any_batch(kernels: KernelLibrary) -> None:
+@pytest.mark.parametrize("parameters", [{}, {"top_k": 100, "top_p": 0.9}], ids=["plain", "cut"])
+def test_a_row_samples_the_same_alone_and_in_any_batch(
+    kernels: KernelLibrary, parameters: dict[str, float]
+) -> None:
     torch.manual_seed(3)
     rows = 64
-    params = _params(rows, temperature=1.0, top_k=100, top_p=0.9)
+    params = _params(rows, temperature=1.0, **parameters)
     batch = _Rows(rows, params)
     logits = _logits(rows, VOCAB, FLAT, torch.bfloat16).cuda()
     together = batch.sample(Sampler(kernels, arena.MACROS, torch.bfloat16, VOCAB, rows), logits)
@@ -134,6 +138,53 @@ def test_a_row_samples_the_same_alone_and_in_any_batch(kernels: KernelLibrary) -
         token = torch.zeros(1, dtype=torch.int32, device="cuda")
         alone.sample(logits[s : s + 1], one, token, batch.last_token)
         assert token.item() == together[s]
+
+
+@pytest.mark.parametrize(
+    ("vocab", "dtype"),
+    [
+        (1, torch.float32),
+        (130, torch.bfloat16),
+        (1003, torch.float32),
+        (1003, torch.bfloat16),
+        (2056, torch.float16),
+    ],
+)
+def test_uncut_rows_of_any_vocabulary_small(
+    kernels: KernelLibrary, vocab: int, dtype: torch.dtype
+) -> None:
+    """Chunks that end early or hold nothing but -inf, and vectors that no load is aligned to."""
+    torch.manual_seed(9)
+    rows = 40
+    logits = _logits(rows, vocab, FLAT, dtype)
+    logits[: rows // 2, 1 : 2 * vocab // 3] = -torch.inf
+    batch = _Rows(rows, _params(rows, temperature=1.0))
+    sampler = Sampler(kernels, arena.MACROS, dtype, vocab, rows)
+    assert torch.equal(batch.sample(sampler, logits), batch.expected(logits))
+
+
+def test_uncut_tokens_are_distributed_as_they_should_be(kernels: KernelLibrary) -> None:
+    torch.manual_seed(10)
+    rows, vocab, temperature = 20_000, 203, 1.5
+    logits = torch.randn(vocab)
+    logits[5] = logits[70:140] = -torch.inf
+    batch = _Rows(rows, _params(rows, temperature=temperature))
+    sampler = Sampler(kernels, arena.MACROS, torch.float32, vocab, rows)
+    tokens = batch.sample(sampler, logits.repeat(rows, 1))
+    assert_drawn_from((logits.double() / temperature).softmax(-1), tokens)
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-30, 1e-40])
+@pytest.mark.parametrize("cut", [{}, {"top_p": 0.9}, {"min_p": 0.1}])
+def test_a_tiny_temperature_is_as_good_as_0_small(
+    kernels: KernelLibrary, temperature: float, cut: dict[str, float]
+) -> None:
+    torch.manual_seed(11)
+    rows, vocab = 4, 500
+    logits = _logits(rows, vocab, 20.0, torch.float32)
+    batch = _Rows(rows, _params(rows, temperature=temperature, **cut))
+    sampler = Sampler(kernels, arena.MACROS, torch.float32, vocab, rows)
+    assert torch.equal(batch.sample(sampler, logits), logits.argmax(-1).int())
 
 
 def test_ties_are_allowed_together_and_greedy_takes_the_lowest_small(

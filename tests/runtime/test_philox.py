@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from zllm.runtime.philox import gumbel, gumbel_all, philox, uniform
+from zllm.runtime.philox import OF_CHUNKS, OF_TOKENS, gumbel, philox, uniform
 
 ANSWERS = [
     # The known answers of Random123 for philox4x32-10: counter, key, result.
@@ -48,24 +48,34 @@ def test_noise_of_some_ids_is_that_of_the_whole_vocabulary():
     seed = torch.tensor([[1, -2], [3, 4]], dtype=torch.int32)
     position = torch.tensor([5, 70_000], dtype=torch.int32)
     index = torch.tensor([[0, 5, 17], [18, 2, 3]])
-    whole = gumbel_all(seed, position, 19)
+    whole = gumbel(seed, position, torch.arange(19)[None])
     assert whole.shape == (2, 19)
     assert torch.equal(gumbel(seed, position, index), whole.gather(1, index))
 
 
-def test_noise_is_word_id_mod_4_of_the_counter_position_and_id_div_4():
+@pytest.mark.parametrize("of", [OF_TOKENS, OF_CHUNKS])
+def test_noise_is_word_id_mod_4_of_the_counter_position_id_div_4_and_kind(of):
     words = philox(
         (torch.tensor([7]), torch.tensor([9])),
-        tuple(torch.tensor([word]) for word in (11, 3, 0, 0)),
+        tuple(torch.tensor([word]) for word in (11, 3, of, 0)),
     )
     seed = torch.tensor([[7, 9]], dtype=torch.int32)
-    noise = gumbel_all(seed, torch.tensor([11]), 16)[0, 12:]
+    noise = gumbel(seed, torch.tensor([11]), torch.arange(12, 16)[None], of)[0]
     expected = [-math.log(-math.log((int(w) + 0.5) / 2**32)) for w in words]
     assert noise.tolist() == pytest.approx(expected, abs=1e-5)
 
 
-def test_noise_has_the_gumbel_distributions_mean_and_deviation():
-    noise = gumbel_all(torch.tensor([[1, 2]], dtype=torch.int32), torch.tensor([0]), 200_000)
+@pytest.mark.parametrize("of", [OF_TOKENS, OF_CHUNKS])
+def test_noise_has_the_gumbel_distributions_mean_and_deviation(of):
+    seed = torch.tensor([[1, 2]], dtype=torch.int32)
+    noise = gumbel(seed, torch.tensor([0]), torch.arange(200_000)[None], of)
     assert noise.isfinite().all()
     assert noise.mean().item() == pytest.approx(0.5772, abs=0.02)
     assert noise.std().item() == pytest.approx(math.pi / math.sqrt(6), abs=0.02)
+
+
+def test_noises_of_tokens_and_of_chunks_are_independent():
+    seed, position = torch.tensor([[1, 2]], dtype=torch.int32), torch.tensor([0])
+    index = torch.arange(200_000)[None]
+    both = torch.cat([gumbel(seed, position, index, of) for of in (OF_TOKENS, OF_CHUNKS)])
+    assert both.corrcoef()[0, 1].item() == pytest.approx(0, abs=0.01)

@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.runtime.arenas import Params
+from tests.runtime.draws import assert_drawn_from
 from zllm.runtime.ops import Sampled, SamplingStep
+from zllm.runtime.philox import philox
 from zllm.runtime.torch_sampler import sample
 
 DRAWS = 4000
@@ -78,6 +80,49 @@ def test_tokens_come_as_often_as_the_cut_distribution_says(options, vocab):
     # Five deviations of the count, and a few draws where the expected count is near zero.
     deviation = (expected * (1 - expected) / DRAWS).sqrt()
     assert ((found - expected).abs() <= 5 * deviation + 3 / DRAWS).all()
+
+
+def gumbel_noise(seed: int, position: int, of: int, count: int) -> torch.Tensor:
+    """[count] float64, from the words that the sampler's noise is made of."""
+    group = torch.arange(-(-count // 4))
+    key = torch.tensor(seed & 0xFFFFFFFF), torch.tensor(seed >> 32)
+    words = philox(key, (torch.tensor(position), group, torch.tensor(of), torch.tensor(0)))
+    return -(-((torch.stack(words, 1).flatten()[:count].double() + 0.5) / 2**32).log()).log()
+
+
+def best_and_lead(scores: torch.Tensor) -> tuple[int, float]:
+    first, second = torch.cat([scores, scores.new_tensor([-torch.inf])]).topk(2).values
+    return int(scores.argmax()), float(first - second)
+
+
+@pytest.mark.parametrize("vocab", [1, 9, 64, 130, 1003])
+def test_uncut_rows_draw_a_chunk_of_64_and_then_its_token(vocab):
+    count, seed, temperature = 50, 5 + (7 << 32), 0.8
+    logits = torch.randn(count, vocab, generator=torch.Generator().manual_seed(vocab)) * 2
+    logits[:, 70:200] = -torch.inf  # a whole chunk among them
+    row = Params(temperature=temperature, seed=seed)
+    tokens = draw(logits, [row] * count, list(range(count))).tokens.tolist()
+    compared = 0
+    for position, token in enumerate(tokens):
+        chunks = (logits[position].double() / temperature).split(64)
+        weights = torch.stack([chunk.logsumexp(-1) for chunk in chunks])
+        chunk, lead = best_and_lead(weights + gumbel_noise(seed, position, 1, len(chunks)))
+        noise = gumbel_noise(seed, position, 0, vocab).split(64)[chunk]
+        best, next_lead = best_and_lead(chunks[chunk] + noise)
+        if min(lead, next_lead) > 1e-4:  # else float32 may round to another
+            assert token == 64 * chunk + best
+            compared += 1
+    assert compared >= 0.9 * count
+
+
+@pytest.mark.parametrize("vocab", [40, 203])
+def test_uncut_tokens_are_distributed_as_they_should_be(vocab):
+    logits = torch.randn(vocab, generator=torch.Generator().manual_seed(1))
+    logits[5] = logits[70:140] = -torch.inf
+    params = Params(temperature=1.5, seed=3)
+    count = 40_000
+    tokens = draw(logits.expand(count, -1), [params] * count, list(range(count))).tokens
+    assert_drawn_from(reference(logits, params), tokens)
 
 
 def test_cuts_wider_than_the_first_candidates_are_exact():
