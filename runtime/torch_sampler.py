@@ -78,7 +78,8 @@ def _draw(scaled: Tensor, params: Tensor, lengths: Tensor, features: int) -> Ten
     tokens = torch.empty(len(scaled), dtype=torch.int64, device=scaled.device)
     cuts = torch.zeros_like(tokens, dtype=torch.bool)
     if features & _CUTS:
-        cuts = params[:, arena.P_TOP_K] > 0
+        top_k = params[:, arena.P_TOP_K]
+        cuts = (top_k > 0) & (top_k < scaled.shape[1])
         cuts |= _floats(params, arena.P_TOP_P) < 1.0
         cuts |= _floats(params, arena.P_MIN_P) > 0.0
     at_once = max(1, _AT_ONCE // scaled.shape[1])

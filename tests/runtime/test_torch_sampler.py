@@ -115,6 +115,15 @@ def test_uncut_rows_draw_a_chunk_of_64_and_then_its_token(vocab):
     assert compared >= 0.9 * count
 
 
+@pytest.mark.parametrize("options", [{"top_k": 203}, {"top_k": 5000}, {"top_p": 1.0}])
+def test_options_that_cut_nothing_change_no_token(options):
+    logits = torch.randn(40, 203, generator=torch.Generator().manual_seed(4))
+    lengths = list(range(40))
+    plain = draw(logits, [Params(temperature=1.2, seed=8)] * 40, lengths).tokens
+    cut = draw(logits, [Params(temperature=1.2, seed=8, **options)] * 40, lengths).tokens
+    assert torch.equal(plain, cut)
+
+
 @pytest.mark.parametrize("vocab", [40, 203])
 def test_uncut_tokens_are_distributed_as_they_should_be(vocab):
     logits = torch.randn(vocab, generator=torch.Generator().manual_seed(1))
