@@ -75,6 +75,9 @@ class Scheduler:
         """The earliest queue timeout or time limit of a waiting request; inf: none."""
     def flush_cache(self) -> int:
         """Drop cached blocks that nothing uses; returns how many."""
+    def load(self) -> dict[str, int]:
+        """Those of the counters and gauges that go out with every step, by the names of
+        messages.Load."""
     def stats(self) -> dict[str, int | float]:
         """Plain counters and gauges. Sequences: running, waiting. Tokens: waiting_tokens,
         hit_tokens, query_tokens, generated_tokens, preempted_tokens (computed again).

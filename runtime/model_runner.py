@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +17,7 @@ Ticket = Any
 """A launched step, opaque to everyone but the runner that launched it."""
 
 
-@dataclass(frozen=True, slots=True)
-class StepResult:
+class StepResult(NamedTuple):
     """What a step sampled, by row of the step. Rows that do not sample hold zeros."""
 
     tokens: npt.NDArray[np.int32]
