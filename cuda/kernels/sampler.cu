@@ -138,13 +138,14 @@ __device__ __forceinline__ Partial draw_chunk(const SCALAR* row, int begin, int 
 #pragma unroll
         for (int d = 0; d < kDepth; ++d) {
           // Finite where all are -inf, whose sum is then 0 and its logarithm -inf.
-          const float most = fmaxf(chunk_max(top[d]) * scale, -0x1p127f);
+          const float most = fmaxf(chunk_max(top[d]), -0x1p127f);
           float sum = 0.f;
+          // The difference first: of a scaled one, a tiny temperature would scale its rounding too.
 #pragma unroll
-          for (int j = 0; j < kVec; ++j) sum += fast_exp2(fmaf(x[d][j], scale, -most));
+          for (int j = 0; j < kVec; ++j) sum += fast_exp2((x[d][j] - most) * scale);
           sum = chunk_sum(sum);
           if (lane == d) {
-            my_most = most;
+            my_most = most * scale;
             my_sum = sum;
           }
         }
