@@ -13,6 +13,7 @@ from zllm.errors import KernelError
 BLOCK_TOKENS = 16
 _CACHES = (*FLOATS, torch.float8_e4m3fn)
 _THREADS = 256
+_FEW_TOKENS = 256
 
 
 def program(
@@ -22,7 +23,14 @@ def program(
     num_kv_heads: int,
     head_dim: int,
     qk_norm: bool,
+    tokens: int,
 ) -> Program:
+    """The program for this many tokens; there are two. Few have a thread for every vector, so that
+    a launch ends soonest; of many, each multiprocessor holds several."""
+    threads = _THREADS
+    if tokens <= _FEW_TOKENS:
+        lanes = 1 << (head_dim * dtype.itemsize // 32 - 1).bit_length()
+        threads = min(1024, -(-(num_heads + 2 * num_kv_heads) * lanes // 32) * 32)
     return Program(
         "rope_cache.cu",
         {
@@ -32,7 +40,7 @@ def program(
             "KV_HEADS": num_kv_heads,
             "HEAD_DIM": head_dim,
             "QK_NORM": int(qk_norm),
-            "THREADS": _THREADS,
+            "THREADS": threads,
         },
     )
 
@@ -99,11 +107,11 @@ def rope_cache(
     else:
         require("out", out, (qkv.dtype,), (tokens, num_heads, head_dim), device)
     which = program(
-        qkv.dtype, keys.dtype, num_heads, num_kv_heads, head_dim, qk_norm=q_norm is not None
+        qkv.dtype, keys.dtype, num_heads, num_kv_heads, head_dim, q_norm is not None, tokens
     )
     kernels.get(which.source, "rope_cache", which.defines).launch(
         (tokens, 1, 1),
-        (_THREADS, 1, 1),
+        (int(which.defines["THREADS"]), 1, 1),
         (
             out,
             keys,

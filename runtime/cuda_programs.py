@@ -70,9 +70,9 @@ def _programs(kernels: KernelLibrary, model: ModelConfig, shape: StepShape) -> I
         yield norm.program(dtype, model.hidden_size, rows)
     yield activation.program(dtype, model.intermediate_size)
     yield embedding.PROGRAM
-    yield rope_cache.program(
-        dtype, spec.kv_dtype, model.num_heads, model.num_kv_heads, model.head_dim, qk_norm=True
-    )
+    head_sizes = model.num_heads, model.num_kv_heads, model.head_dim
+    for tokens in (1, shape.max_tokens):
+        yield rope_cache.program(dtype, spec.kv_dtype, *head_sizes, qk_norm=True, tokens=tokens)
     yield from attention.programs(spec, kernels.compiler.arch)
     yield from cuda_step.programs(dtype, model.vocab_size)
     whole = DecoderShape(

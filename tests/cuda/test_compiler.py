@@ -33,10 +33,16 @@ PROGRAMS = [
     embedding.PROGRAM,
     blocks.PROGRAM,
     batch.program(MACROS),
-    *(rope_cache.program(BF16, BF16, 32, 8, size, qk_norm=True) for size in (64, 96, 128, 256)),
-    *(rope_cache.program(BF16, FP8, 32, 8, size, qk_norm=False) for size in (64, 96, 128, 256)),
-    rope_cache.program(FP32, FP32, 16, 8, 256, qk_norm=True),
-    rope_cache.program(FP16, FP16, 16, 8, 128, qk_norm=False),
+    *(
+        rope_cache.program(BF16, BF16, 32, 8, size, qk_norm=True, tokens=64)
+        for size in (64, 96, 128, 256)
+    ),
+    *(
+        rope_cache.program(BF16, FP8, 32, 8, size, qk_norm=False, tokens=8192)
+        for size in (64, 96, 128, 256)
+    ),
+    rope_cache.program(FP32, FP32, 16, 8, 256, qk_norm=True, tokens=1),
+    rope_cache.program(FP16, FP16, 16, 8, 128, qk_norm=False, tokens=8192),
     *sampler.programs(BF16, 151936, MACROS),
     *sampler.programs(FP32, 50257, MACROS),
 ]
