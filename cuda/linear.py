@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,11 +34,22 @@ _VECTOR = 8
 """Elements in the 16 bytes that one copy moves at least."""
 
 
+@dataclass(frozen=True, slots=True)
+class ScaledRows:
+    """A residual h as the product behind its RMSNorm takes it (decision 074)."""
+
+    rows: Tensor
+    """[M, K]: h * gains."""
+    squares: Tensor
+    """float32 [parts, M]: each row's sum of h^2 over a part of its columns."""
+
+
 class SkinnyLinear:
     """Products of one device. `programs` names what to compile ahead of the first call."""
 
     MAX_NORM_ROWS = 8
-    """Rows of x that `linear` takes with `norm`: above them a kernel of its own is faster."""
+    """Rows of x that `linear` takes with `norm`: above them the product before it leaves what the
+    norm needs (`add_linear_scaled`), or the norm is a kernel of its own."""
 
     def __init__(self, library: KernelLibrary) -> None:
         self._library = library
@@ -89,33 +101,93 @@ class SkinnyLinear:
             _check(x.dtype == torch.bfloat16, f"norm: fused for bfloat16 only, x is {x.dtype}")
 
         plan = self._plan(m, weight.shape[0], k, gated)
+        if isinstance(plan, Tiled):
+            self._launch_tiled(plan, x, weight, out, residual=residual, gated=gated)
+            return out
         macros = _macros(plan, x.dtype, norm is not None, residual is not None, gated)
-        if isinstance(plan, Skinny):
-            kernel = self._library.get(*_SKINNY, macros)
-            blocks = min(n, self._library.num_sms // plan.cluster) * plan.cluster
-            grid = (blocks, 1, 1)
-            shared_bytes = plan.shared_bytes(norm is not None)
-            args: tuple[Any, ...] = (x, weight, out, residual, norm, float(eps), m, n, k)
-        else:
-            x_rows = plan.x_rows(m)
-            kernel = self._library.get(*_TILED, macros)
-            x_map = self._maps.get(x, (k, m), (k,), (plan.DEPTH, x_rows))
-            if gated:
-                sizes, box = (k, 8, 2, n // 8), (plan.DEPTH, 8, 2, plan.columns // (2 * UNIT))
-                w_map = self._maps.get(weight, sizes, (k, n * k, 8 * k), box)
-            else:
-                w_map = self._maps.get(weight, (k, n), (k,), (plan.DEPTH, plan.columns))
-            grid = plan.grid(m, weight.shape[0])
-            shared_bytes = plan.shared_bytes
-            args = (x_map, w_map, out, residual, m, n, k, x_rows)
-        kernel.launch(
-            grid,
+        blocks = min(n, self._library.num_sms // plan.cluster) * plan.cluster
+        self._library.get(*_SKINNY, macros).launch(
+            (blocks, 1, 1),
             (plan.threads, 1, 1),
-            args,
-            shared_bytes=shared_bytes,
+            (x, weight, out, residual, norm, float(eps), m, n, k),
+            shared_bytes=plan.shared_bytes(norm is not None),
             pdl=self._library.pdl,
         )
         return out
+
+    def supports_scaled(self, m: int, n: int, k: int, dtype: torch.dtype) -> bool:
+        """Whether `add_linear_scaled` and `linear_of_scaled` take [m, k] x [n, k]^T, and norms are
+        faster so."""
+        aligned = n % (2 * UNIT) == 0 and dtype == torch.bfloat16  # h * gains must not overflow
+        tiled = self._hopper and m > self.MAX_NORM_ROWS
+        return aligned and tiled and self.supports(m, n, k, dtype, gated=True)
+
+    def add_linear_scaled(
+        self, residual: Tensor, x: Tensor, weight: Tensor, gains: Tensor
+    ) -> ScaledRows:
+        """[M, N] += [M, K] x [N, K]^T in place, where `supports_scaled`. Gives what
+        `linear_of_scaled` needs instead of rms_norm(residual, gains [N])."""
+        m, k = self._check_operands(x, weight, gated=False)
+        n = weight.shape[0]
+        self._check_scaled(m, n, k, x.dtype)
+        _check_like("residual", residual, x, (m, n))
+        _check_like("gains", gains, x, (n,))
+        plan = self._tiled_plan(m, n, k, gated=False)
+        scaled = ScaledRows(
+            torch.empty_like(residual),
+            torch.empty(plan.parts(n), m, dtype=torch.float32, device=x.device),
+        )
+        self._launch_tiled(plan, x, weight, residual, residual=residual, scaled=scaled, gains=gains)
+        return scaled
+
+    def linear_of_scaled(
+        self, x: ScaledRows, weight: Tensor, *, eps: float, gated: bool = False
+    ) -> Tensor:
+        """linear(rms_norm(h, gains, eps), weight, gated=gated) of the residual h that x is of."""
+        m, k = self._check_operands(x.rows, weight, gated)
+        n = weight.shape[0]
+        self._check_scaled(m, n, k, x.rows.dtype)
+        _check(x.squares.shape[1] == m, f"x.squares: of {x.squares.shape[1]} rows, x.rows has {m}")
+        out = torch.empty(m, n // 2 if gated else n, dtype=x.rows.dtype, device=x.rows.device)
+        plan = self._tiled_plan(m, n, k, gated)
+        self._launch_tiled(plan, x.rows, weight, out, normed=x, eps=eps, gated=gated)
+        return out
+
+    def _launch_tiled(
+        self,
+        plan: Tiled,
+        x: Tensor,
+        weight: Tensor,
+        out: Tensor,
+        *,
+        residual: Tensor | None = None,
+        scaled: ScaledRows | None = None,
+        gains: Tensor | None = None,
+        normed: ScaledRows | None = None,
+        eps: float = 0.0,
+        gated: bool = False,
+    ) -> None:
+        (m, k), n = x.shape, out.shape[1]
+        x_rows = plan.x_rows(m)
+        x_map = self._maps.get(x, (k, m), (k,), (plan.DEPTH, x_rows))
+        if gated:
+            sizes, box = (k, 8, 2, n // 8), (plan.DEPTH, 8, 2, plan.columns // (2 * UNIT))
+            w_map = self._maps.get(weight, sizes, (k, n * k, 8 * k), box)
+        else:
+            w_map = self._maps.get(weight, (k, n), (k,), (plan.DEPTH, plan.columns))
+        macros = _macros(
+            plan, x.dtype, normed is not None, residual is not None, gated, scaled is not None
+        )
+        squares = next((s.squares for s in (scaled, normed) if s is not None), None)
+        parts = 0 if squares is None else squares.shape[0]
+        left = None if scaled is None else scaled.rows
+        self._library.get(*_TILED, macros).launch(
+            plan.grid(m, weight.shape[0]),
+            (plan.threads, 1, 1),
+            (x_map, w_map, out, residual, left, gains, squares, parts, eps, m, n, k, x_rows),
+            shared_bytes=plan.shared_bytes,
+            pdl=self._library.pdl,
+        )
 
     def programs(
         self,
@@ -128,7 +200,7 @@ class SkinnyLinear:
         gated: bool = False,
     ) -> Iterator[Program]:
         """The programs that products with an [n, k] weight need, whatever M; none for what is
-        cuBLAS's. `norm`: fused as far as it can be."""
+        cuBLAS's. `norm`: fused as far as it can be, also by what is left beside a `residual`."""
         sizes = (8, *TILE_ROWS)
         for fewest, m in zip((1, *(size + 1 for size in sizes)), sizes, strict=False):
             if self._takes(m, n, gated) and self.supports(fewest, n, k, dtype, gated):
@@ -136,15 +208,24 @@ class SkinnyLinear:
                 source = (_TILED if isinstance(plan, Tiled) else _SKINNY)[0]
                 with_norm = norm and m <= self.MAX_NORM_ROWS
                 yield Program(source, _macros(plan, dtype, with_norm, residual, gated))
+                if (norm or residual) and self.supports_scaled(m, n, k, dtype):
+                    yield Program(source, _macros(plan, dtype, norm, residual, gated, residual))
 
     def _takes(self, m: int, n: int, gated: bool) -> bool:
         return 1 <= m <= self.max_rows and (m <= 16 or not gated or n // 2 % UNIT == 0)
 
     def _plan(self, m: int, n: int, k: int, gated: bool) -> Skinny | Tiled:
         if self._hopper and m > 8 and not (gated and n // 2 % UNIT):
-            library = self._library
-            return tiled_plan(m, n, k, library.num_sms, library.clusters_at_once(4), gated)
+            return self._tiled_plan(m, n, k, gated)
         return skinny_plan(m, n, self._library.num_sms).fit(self._limit)
+
+    def _tiled_plan(self, m: int, n: int, k: int, gated: bool) -> Tiled:
+        library = self._library
+        return tiled_plan(m, n, k, library.num_sms, library.clusters_at_once(4), gated)
+
+    def _check_scaled(self, m: int, n: int, k: int, dtype: torch.dtype) -> None:
+        supported = self.supports_scaled(m, n, k, dtype)
+        _check(supported, f"x, weight: {(m, k)} and {(n, k)} {dtype}, not as supports_scaled says")
 
     def _check_operands(self, x: Tensor, weight: Tensor, gated: bool) -> tuple[int, int]:
         for name, tensor in (("x", x), ("weight", weight)):
@@ -167,11 +248,16 @@ class SkinnyLinear:
 
 
 def _macros(
-    plan: Skinny | Tiled, dtype: torch.dtype, norm: bool, residual: bool, gated: bool
+    plan: Skinny | Tiled,
+    dtype: torch.dtype,
+    norm: bool,
+    residual: bool,
+    gated: bool,
+    scaled: bool = False,
 ) -> dict[str, str | int]:
-    fused = {"ADD": int(residual), "GATED": int(gated)}
-    if isinstance(plan, Skinny):
-        fused["NORM"] = int(norm)
+    fused = {"ADD": int(residual), "GATED": int(gated), "NORM": int(norm)}
+    if isinstance(plan, Tiled):
+        fused["SCALED"] = int(scaled)
     return {"SCALAR": _SCALARS[dtype], **plan.macros(), **fused}
 
 

@@ -93,12 +93,12 @@ class Tiled:
     @property
     def stages(self) -> int:
         limit = MOST_SHARED_BYTES if self.blocks_per_sm == 1 else SHARED_BYTES
-        return min(12, limit // (self._stage_bytes + 16))
+        return min(12, (limit - 4 * self.rows) // (self._stage_bytes + 16))
 
     @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory: the ring and its barriers."""
-        return self.stages * (self._stage_bytes + 16)
+        """Dynamic shared memory: the ring, its barriers and a factor of each row."""
+        return self.stages * (self._stage_bytes + 16) + 4 * self.rows
 
     @property
     def chunk(self) -> int:
@@ -109,6 +109,10 @@ class Tiled:
         while self.columns % (unit * parts) or 4 * self.rows * (self.columns // parts + 4) > ring:
             parts += 1
         return self.columns // parts
+
+    def parts(self, n: int) -> int:
+        """Chunks in n rows of W."""
+        return _ceil(n, self.columns) * (self.columns // self.chunk)
 
     def grid(self, m: int, n: int) -> tuple[int, int, int]:
         return _ceil(n, self.columns) * self.split, _ceil(m, self.rows), 1

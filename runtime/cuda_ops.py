@@ -14,7 +14,7 @@ from zllm.cuda.launcher import KernelLibrary
 from zllm.cuda.linear import SkinnyLinear
 from zllm.cuda.linear_gated import GatedLinear
 from zllm.runtime.kv_cache import KVCache
-from zllm.runtime.ops import Batch, Decoder
+from zllm.runtime.ops import Batch, Decoder, DecoderLayer, end_layer
 
 
 class CudaOps:
@@ -98,6 +98,27 @@ class CudaOps:
     def _fuses_norm(self, x: Tensor, weight: Tensor) -> bool:
         few = x.shape[0] <= self._skinny.MAX_NORM_ROWS and x.dtype == torch.bfloat16
         return few and self._few_rows(x, weight)
+
+    def to_next_layer(
+        self, x: Tensor, attended: Tensor, layer: DecoderLayer, following: DecoderLayer, eps: float
+    ) -> Tensor:
+        biased = layer.output_bias is not None or following.qkv_bias is not None
+        if biased or not self._scales(x, layer, following):
+            end_layer(self, x, attended, layer, eps)
+            return self.norm_linear(
+                x, following.input_norm, following.qkv, following.qkv_bias, eps=eps
+            )
+        skinny = self._skinny
+        normed = skinny.add_linear_scaled(x, attended, layer.output, layer.post_norm)
+        gated = skinny.linear_of_scaled(normed, layer.gate_up, eps=eps, gated=True)
+        normed = skinny.add_linear_scaled(x, gated, layer.down, following.input_norm)
+        return skinny.linear_of_scaled(normed, following.qkv, eps=eps)
+
+    def _scales(self, x: Tensor, layer: DecoderLayer, following: DecoderLayer) -> bool:
+        """Whether all products between two layers' attentions leave norms to each other."""
+        weights = (layer.output, layer.gate_up, layer.down, following.qkv)
+        m, supports = x.shape[0], self._skinny.supports_scaled
+        return all(supports(m, w.shape[0], w.shape[1], x.dtype) for w in weights)
 
     def rope_and_cache(
         self,

@@ -143,6 +143,13 @@ class Ops(Protocol):
         """residual [P, H] += linear(x, weight, bias), in place."""
         ...
 
+    def to_next_layer(
+        self, x: Tensor, attended: Tensor, layer: DecoderLayer, following: DecoderLayer, eps: float
+    ) -> Tensor:
+        """[P, H], [P, Hq * D] -> [P, (Hq + 2 Hkv) * D]: from a layer's attention to the qkv of the
+        one that follows; x in place. `end_layer`, then `norm_linear`."""
+        ...
+
     def rope_and_cache(
         self,
         qkv: Tensor,
@@ -176,3 +183,10 @@ class Ops(Protocol):
     def take_rows(self, x: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:
         """[P, H], [S] -> [S, H], in `out` where it is given."""
         ...
+
+
+def end_layer(ops: Ops, x: Tensor, attended: Tensor, layer: DecoderLayer, eps: float) -> None:
+    """What follows a layer's attention [P, Hq * D]: the residual x [P, H] in place."""
+    ops.add_linear(x, attended, layer.output, layer.output_bias)
+    gated = ops.norm_gated_linear(x, layer.post_norm, layer.gate_up, eps=eps)
+    ops.add_linear(x, gated, layer.down)

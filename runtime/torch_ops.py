@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from zllm.runtime.kv_cache import KVCache
-from zllm.runtime.ops import Batch, Decoder
+from zllm.runtime.ops import Batch, Decoder, DecoderLayer, end_layer
 from zllm.runtime.torch_attention import AttentionWork, attend, write_kv
 
 _LARGE = 2**19
@@ -51,6 +51,12 @@ class TorchOps:
         self, residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None
     ) -> None:
         residual.add_(self.linear(x, weight, bias))
+
+    def to_next_layer(
+        self, x: Tensor, attended: Tensor, layer: DecoderLayer, following: DecoderLayer, eps: float
+    ) -> Tensor:
+        end_layer(self, x, attended, layer, eps)
+        return self.norm_linear(x, following.input_norm, following.qkv, following.qkv_bias, eps=eps)
 
     def rope_and_cache(
         self,

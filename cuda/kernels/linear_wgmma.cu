@@ -1,5 +1,5 @@
-// y = x W^T for 9 to 256 rows of x on Hopper, with wgmma: x is its M side, in tiles of 64 to 256 rows,
-// and W its N side, as wide as an even share of it.
+// y = x W^T for 9 to 256 rows of x on Hopper, with wgmma: x is its M side, in tiles of 64 to 256
+// rows, and W its N side, as wide as an even share of it.
 //
 // What limits is what goes through shared memory: a tile's rows and columns come in once, and each
 // 64 rows of x read the columns again. So tiles are about as high as they are wide, and where W is
@@ -8,16 +8,18 @@
 //
 // One thread asks the tensor copy engine for what the warpgroups then multiply, STAGES ahead; the
 // first stages of W before the kernel before this one has ended. Sums leave through the ring, when
-// that is done with: rounded where a block has all of a sum, else CHUNK columns of partial ones at a
-// time.
+// that is done with: rounded where a block has all of a sum, else CHUNK columns of partial ones at
+// a time.
 //
-// A tile's rows behind the x_rows that exist are whatever lies there: nobody looks at their sums. (To
-// have the copy engine fill them with zeros took up to 15% longer.)
+// A tile's rows behind the x_rows that exist are whatever lies there: nobody looks at their sums.
+// (To have the copy engine fill them with zeros took up to 15% longer.)
 //
-// Macros: SCALAR; WARPGROUPS, TILES (of 64 rows of x) for each of them; COLUMNS (rows of W in a tile),
-// CHUNK (a part of them), STAGES (of 64 k), SPLIT, BLOCKS (on a multiprocessor); ADD and GATED as in
-// linear_skinny.cu.
+// Macros: SCALAR; WARPGROUPS, TILES (of 64 rows of x) for each of them; COLUMNS (rows of W in a
+// tile), CHUNK (a part of them), STAGES (of 64 k), SPLIT, BLOCKS (on a multiprocessor); ADD and
+// GATED as in linear_skinny.cu; of linear_norm.cuh, SCALED (with ADD: what the next norm needs is
+// left beside the residual) and NORM (x is what such a product left).
 #include "linear_finish.cuh"
+#include "linear_norm.cuh"
 #include "tensor_copy.cuh"
 #include "wgmma.cuh"
 
@@ -26,10 +28,11 @@ constexpr int CONSUMERS = 128 * WARPGROUPS;
 constexpr int THREADS = CONSUMERS + 128;
 // What a thread starts with, and how the thread block then divides it.
 constexpr int REGISTERS = 65536 / BLOCKS / THREADS / 8 * 8;
-constexpr int PRODUCER_REGISTERS = 24;
-constexpr int CONSUMER_REGISTERS =
-    WARPGROUPS == 1 ? 232 : (THREADS * REGISTERS - 128 * PRODUCER_REGISTERS) / CONSUMERS / 8 * 8;
+constexpr int PRODUCER_REGISTERS = NORM ? 40 : 24;
+constexpr int LEFT = (THREADS * REGISTERS - 128 * PRODUCER_REGISTERS) / CONSUMERS / 8 * 8;
+constexpr int CONSUMER_REGISTERS = LEFT < 232 ? LEFT : 232;
 constexpr int ROWS = 64 * WARPGROUPS * TILES;
+constexpr int HELPERS = 96;  // of the producer's warpgroup, for the factors of NORM
 constexpr int DEPTH = 64;
 constexpr int ROW_BYTES = 2 * DEPTH;
 constexpr int X_BYTES = ROWS * ROW_BYTES;
@@ -73,11 +76,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #endif
         linear_wgmma(const __grid_constant__ TensorMap x_map,
                      const __grid_constant__ TensorMap w_map, SCALAR* out,
-                     const SCALAR* residual, int m, int n, int k, int x_rows) {
+                     const SCALAR* residual, SCALAR* scaled, const SCALAR* gains, float* squares,
+                     int parts, float eps, int m, int n, int k, int x_rows) {
 #if __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) unsigned char shared[];
   const u32 ring = shared_address(shared);
   const u32 full = ring + STAGES * STAGE, empty = full + STAGES * 8;
+  float* const factors = reinterpret_cast<float*>(shared + STAGES * (STAGE + 16));
 
   const int part = SPLIT > 1 ? cluster_rank() : 0;
   const int tile = blockIdx.x / SPLIT, row = blockIdx.y * x_rows;
@@ -112,6 +117,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 
   if (threadIdx.x >= CONSUMERS) {
     give_registers<PRODUCER_REGISTERS>();
+    if constexpr (NORM) {
+      const int helper = threadIdx.x - CONSUMERS - 32;
+      if (helper >= 0) {
+        const int rows = min(m - row, x_rows);
+        norm_factors<HELPERS>(factors, squares + row, parts, m, rows, k, eps, helper);
+        asm volatile("bar.arrive 2, %0;" ::"n"(CONSUMERS + HELPERS) : "memory");
+      }
+    }
     if (!producer) return;
     const auto copy_x = [&](int slot, int step) {
       copy_box(ring + slot * STAGE, x_map, column_of(step), row, full + slot * 8);
@@ -133,6 +146,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   const auto release = [&](int slot) {
     if (thread == 0) barrier_arrive(empty + slot * 8);
   };
+  // A lane's sums are pairs of neighbours, of which those of two rows follow each other.
+  const int mine = group * TILES * 64 + thread / 32 * 16 + thread % 32 / 4, t2 = thread % 4 * 2;
+
   float acc[TILES][COLUMNS / 2] = {};
   Slot slot;
   int previous = 0;
@@ -158,8 +174,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   release(previous);
   sync_group<CONSUMERS>(1);  // nobody reads the ring any more: it takes the partial sums
 
-  // A lane's sums are pairs of neighbours, of which those of two rows follow each other.
-  const int mine = group * TILES * 64 + thread / 32 * 16 + thread % 32 / 4, t2 = thread % 4 * 2;
+  if constexpr (NORM) {
+    sync_group<CONSUMERS + HELPERS>(2);
+#pragma unroll
+    for (int t = 0; t < TILES; ++t) {
+      const float low = factors[mine + t * 64], high = factors[mine + t * 64 + 8];
+#pragma unroll
+      for (int i = 0; i < COLUMNS / 2; ++i) acc[t][i] *= i / 2 % 2 ? high : low;
+    }
+  }
   const i64 above = static_cast<i64>(row) * n;
   const Epilogue<SCALAR> to{out + above, residual + above, 0.f, min(m - row, x_rows), n, k};
   if constexpr (SPLIT == 1 && !ADD) {
@@ -185,13 +208,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #pragma unroll
         for (int i = 0; i < CHUNK / 4; ++i) {
           const float* const sums = acc[t] + c * (CHUNK / 2) + i * 2;
-          *reinterpret_cast<float2*>(staged + (mine + t * 64 + i % 2 * 8) * PITCH + i / 2 * 8 + t2) =
-              make_float2(sums[0], sums[1]);
+          float* const place = staged + (mine + t * 64 + i % 2 * 8) * PITCH + i / 2 * 8 + t2;
+          *reinterpret_cast<float2*>(place) = make_float2(sums[0], sums[1]);
         }
       constexpr int outputs = OUTPUTS * CHUNK / COLUMNS;
       const int start = tile * OUTPUTS + c * outputs;
-      finish_tile<CHUNK, ROWS, 1, SPLIT, CONSUMERS / 32, false, ADD, GATED>(
-          to, Tile{start, max(min(outputs, n - start), 0)}, staged, nullptr, part);
+      if constexpr (SCALED) {
+        const int chunk = tile * (COLUMNS / CHUNK) + c;
+        const ScaledResidual<SCALAR> to_scaled{out + above,
+                                               residual + above,
+                                               scaled + above,
+                                               gains,
+                                               squares + static_cast<i64>(chunk) * m + row,
+                                               to.m,
+                                               n};
+        const int count = max(min(CHUNK, n - start), 0);
+        finish_scaled<ROWS, CHUNK, SPLIT, CONSUMERS>(to_scaled, start, count, staged, part);
+      } else {
+        finish_tile<CHUNK, ROWS, 1, SPLIT, CONSUMERS / 32, false, ADD, GATED>(
+            to, Tile{start, max(min(outputs, n - start), 0)}, staged, nullptr, part);
+      }
     }
   }
 #endif

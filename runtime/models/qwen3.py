@@ -6,6 +6,7 @@ Yang et al. 2025, "Qwen3 Technical Report".
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from zllm.runtime.kv_cache import KVCache
 from zllm.runtime.model_config import ModelConfig
 from zllm.runtime.models.parameters import Parameter, Weights, bias, linear, norm
-from zllm.runtime.ops import Batch, Decoder, DecoderLayer, Ops
+from zllm.runtime.ops import Batch, Decoder, DecoderLayer, Ops, end_layer
 from zllm.runtime.rope import rope_table
 
 
@@ -86,31 +87,37 @@ class Qwen3:
         if hidden is not None:
             return ops.take_rows(hidden, batch.sample_tokens, out)
         x = ops.embed(decoder.embedding, batch.tokens)
-        last = len(decoder.layers) - 1
+        first, last = decoder.layers[0], decoder.layers[-1]
+        qkv = ops.norm_linear(x, first.input_norm, first.qkv, first.qkv_bias, eps=eps)
+        for index, (layer, following) in enumerate(pairwise(decoder.layers)):
+            attended = self._attend(ops, qkv, batch, cache, index)
+            qkv = ops.to_next_layer(x, attended, layer, following, eps)
+        attended = self._attend(ops, qkv, batch, cache, len(decoder.layers) - 1)
         few_sample = len(batch.sample_tokens) < len(batch.tokens)
-        for index, layer in enumerate(decoder.layers):
-            q = ops.rope_and_cache(
-                ops.norm_linear(x, layer.input_norm, layer.qkv, layer.qkv_bias, eps=eps),
-                batch,
-                cache,
-                index,
-                num_heads=decoder.num_heads,
-                num_kv_heads=decoder.num_kv_heads,
-                head_dim=decoder.head_dim,
-                cos_sin=decoder.cos_sin,
-                q_norm=layer.q_norm,
-                k_norm=layer.k_norm,
-                eps=eps,
-            )
-            attended = ops.attention(q, batch, cache, index, scale=decoder.scale)
-            if few_sample and index == last:
-                # Of the others, nothing is read any more but the keys and values that they left.
-                x = ops.take_rows(x, batch.sample_tokens, out)
-                attended = ops.take_rows(attended, batch.sample_tokens)
-            ops.add_linear(x, attended, layer.output, layer.output_bias)
-            gated = ops.norm_gated_linear(x, layer.post_norm, layer.gate_up, eps=eps)
-            ops.add_linear(x, gated, layer.down)
+        if few_sample:
+            # Of the others, nothing is read any more but the keys and values that they left.
+            x = ops.take_rows(x, batch.sample_tokens, out)
+            attended = ops.take_rows(attended, batch.sample_tokens)
+        end_layer(ops, x, attended, last, eps)
         return x if few_sample else ops.take_rows(x, batch.sample_tokens, out)
+
+    def _attend(self, ops: Ops, qkv: Tensor, batch: Batch, cache: KVCache, index: int) -> Tensor:
+        """[P, (Hq + 2 Hkv) * D] -> [P, Hq * D]: the attention of a layer."""
+        decoder, layer = self.decoder, self.decoder.layers[index]
+        q = ops.rope_and_cache(
+            qkv,
+            batch,
+            cache,
+            index,
+            num_heads=decoder.num_heads,
+            num_kv_heads=decoder.num_kv_heads,
+            head_dim=decoder.head_dim,
+            cos_sin=decoder.cos_sin,
+            q_norm=layer.q_norm,
+            k_norm=layer.k_norm,
+            eps=decoder.eps,
+        )
+        return ops.attention(q, batch, cache, index, scale=decoder.scale)
 
     def logits(self, ops: Ops, hidden: Tensor) -> Tensor:
         """Hidden states of `forward` [S, H] -> [S, V], in the model's dtype."""

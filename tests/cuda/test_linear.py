@@ -40,12 +40,16 @@ def test_every_architecture_compiles_the_skinny_plans(arch: str, m: int, tmp_pat
 @pytest.mark.parametrize("m", TILE_ROWS)
 def test_hopper_compiles_the_tiled_plans(m: int, tmp_path: Path) -> None:
     compiler = Compiler("sm_90a", tmp_path)
-    for plan in {tiled_plan(m, n, k, SMS, CLUSTERS_OF_4, gated=True) for n, k in MODEL_WEIGHTS}:
-        cubin = compiler.compile(
-            "linear_wgmma.cu", _macros(plan, torch.bfloat16, False, True, True)
-        )
-        assert cubin.startswith(b"\x7fELF")
-    assert compiler.compile("linear_wgmma.cu", _macros(plan, torch.float16, False, False, False))
+    gated = {tiled_plan(m, n, k, SMS, CLUSTERS_OF_4, gated=True) for n, k in MODEL_WEIGHTS}
+    narrow = {tiled_plan(m, n, k, SMS, CLUSTERS_OF_4) for n, k in MODEL_WEIGHTS[:2]}
+    every_macros = [
+        *(_macros(plan, torch.bfloat16, True, False, True) for plan in gated),
+        *(_macros(plan, torch.bfloat16, False, True, False, scaled=True) for plan in narrow),
+        _macros(next(iter(gated)), torch.float16, False, True, True),
+        _macros(next(iter(narrow)), torch.float16, False, False, False),
+    ]
+    for macros in every_macros:
+        assert compiler.compile("linear_wgmma.cu", macros).startswith(b"\x7fELF")
 
 
 @pytest.mark.parametrize("m", [1, 8, 9, 16])
@@ -178,6 +182,40 @@ def test_fused_parts_equal_their_separate_float64(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("n", "k", "inner"),
+    [
+        pytest.param(96, 72, 64, id="small"),
+        pytest.param(272, 2056, 96, id="small-split-over-k"),
+        (1024, 2048, 6144),
+        (2560, 4096, 9728),
+        (4096, 12288, 6144),
+    ],
+)
+@pytest.mark.parametrize("m", [9, 16, 29, 64, 90, 128, 170, 200, 256])
+def test_a_residual_leaves_what_the_next_norm_needs(
+    products: SkinnyLinear, m: int, n: int, k: int, inner: int
+) -> None:
+    if not products.supports_scaled(m, n, k, torch.bfloat16):
+        pytest.skip("norms are kernels of their own here")
+    x, weight = _random(m, k), _random(n, k, scale=k**-0.5)
+    gains, after = 1 + _random(n, scale=0.3), _random(inner, n, scale=n**-0.5)
+    before = _random(m, n, scale=3.0)
+    h = before.clone()
+    scaled = products.add_linear_scaled(h, x, weight, gains)
+    assert torch.equal(h, products.linear(x, weight, residual=before))
+    assert torch.equal(scaled.rows, h * gains)
+    squares = scaled.squares.double().sum(0)
+    assert torch.allclose(squares, h.double().square().sum(1), rtol=1e-5)
+
+    normed = h.double() * torch.rsqrt(squares[:, None] / n + 1e-5) * gains.double()
+    expected = normed @ after.double().t()
+    assert _error(products.linear_of_scaled(scaled, after, eps=1e-5), expected) < 6e-3
+    gated = products.linear_of_scaled(scaled, after, eps=1e-5, gated=True)
+    assert _error(gated, _silu_mul(expected)) < 9e-3
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("m", [4, 12, 64, 112, 160, 224])
 @pytest.mark.parametrize("size", [1024, 2560, 4096])
 def test_a_chain_in_a_graph_sees_each_product_before_it(
@@ -225,6 +263,13 @@ def test_a_wrong_shape_is_named(
     tensors = {name: _random(*shape) for name, shape in shapes.items()}
     with pytest.raises(KernelError, match=says):
         products.linear(**tensors)
+
+
+@pytest.mark.gpu
+def test_a_residual_that_cannot_leave_its_norm_is_refused(products: SkinnyLinear) -> None:
+    x, weight, gains = _random(4, 64), _random(32, 64), _random(32)
+    with pytest.raises(KernelError, match="not as supports_scaled says"):
+        products.add_linear_scaled(_random(4, 32), x, weight, gains)
 
 
 @pytest.mark.gpu
