@@ -178,9 +178,9 @@ class SkinnyLinear:
         macros = _macros(
             plan, x.dtype, normed is not None, residual is not None, gated, scaled is not None
         )
-        squares = next((s.squares for s in (scaled, normed) if s is not None), None)
-        parts = 0 if squares is None else squares.shape[0]
-        left = None if scaled is None else scaled.rows
+        norm = scaled or normed
+        squares, parts = (norm.squares, norm.squares.shape[0]) if norm else (None, 0)
+        left = scaled.rows if scaled else None
         self._library.get(*_TILED, macros).launch(
             plan.grid(m, weight.shape[0]),
             (plan.threads, 1, 1),
@@ -209,7 +209,8 @@ class SkinnyLinear:
                 with_norm = norm and m <= self.MAX_NORM_ROWS
                 yield Program(source, _macros(plan, dtype, with_norm, residual, gated))
                 if (norm or residual) and self.supports_scaled(m, n, k, dtype):
-                    yield Program(source, _macros(plan, dtype, norm, residual, gated, residual))
+                    macros = _macros(plan, dtype, norm, residual, gated, scaled=residual)
+                    yield Program(source, macros)
 
     def _takes(self, m: int, n: int, gated: bool) -> bool:
         return 1 <= m <= self.max_rows and (m <= 16 or not gated or n // 2 % UNIT == 0)

@@ -102,8 +102,7 @@ class CudaOps:
     def to_next_layer(
         self, x: Tensor, attended: Tensor, layer: DecoderLayer, following: DecoderLayer, eps: float
     ) -> Tensor:
-        biased = layer.output_bias is not None or following.qkv_bias is not None
-        if biased or not self._scales(x, layer, following):
+        if not self._scales(x, layer, following):
             end_layer(self, x, attended, layer, eps)
             return self.norm_linear(
                 x, following.input_norm, following.qkv, following.qkv_bias, eps=eps
@@ -116,6 +115,8 @@ class CudaOps:
 
     def _scales(self, x: Tensor, layer: DecoderLayer, following: DecoderLayer) -> bool:
         """Whether all products between two layers' attentions leave norms to each other."""
+        if layer.output_bias is not None or following.qkv_bias is not None:
+            return False
         weights = (layer.output, layer.gate_up, layer.down, following.qkv)
         m, supports = x.shape[0], self._skinny.supports_scaled
         return all(supports(m, w.shape[0], w.shape[1], x.dtype) for w in weights)

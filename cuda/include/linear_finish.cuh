@@ -87,17 +87,7 @@ __device__ __forceinline__ void finish_tile(const Epilogue<T>& to, Tile tile, co
   else
     sync_group<32 * Warps>(0);
   const auto total = [&](const float* at) {
-    float4 sum{};
-#pragma unroll
-    for (int q = 0; q < Split; ++q)
-#pragma unroll
-      for (int p = 0; p < Groups; ++p) {
-        const float* const from = at + p * Cols * pitch;
-        const float4 v = Split > 1 ? load_cluster(shared_address(from), q)
-                                   : *reinterpret_cast<const float4*>(from);
-        sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
-      }
-    return sum;
+    return sum_of_parts<Split, Groups, Cols * pitch>(at);
   };
   // Without a residual in registers, a tall tile's many rounds need not all be code of their own.
 #pragma unroll(Add || most < 4 ? most : 4)

@@ -53,14 +53,7 @@ __device__ __forceinline__ void finish_scaled(const ScaledResidual<T>& to, int f
     for (int j = 0; j < each; ++j) {
       const int o = column_of(j);
       if (row >= to.m || o >= count) continue;
-      const float* const at = partials + row * (Columns + 4) + o;
-      float4 sum{};
-#pragma unroll
-      for (int q = 0; q < Split; ++q) {
-        const float4 v = Split > 1 ? load_cluster(shared_address(at), q)
-                                   : *reinterpret_cast<const float4*>(at);
-        sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
-      }
+      const float4 sum = sum_of_parts<Split, 1, 0>(partials + row * (Columns + 4) + o);
       const float2 low = unpack<T>(old[i][j].x), high = unpack<T>(old[i][j].y);
       const uint2 h = {pack<T>(sum.x + low.x, sum.y + low.y),
                        pack<T>(sum.z + high.x, sum.w + high.y)};

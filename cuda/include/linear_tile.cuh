@@ -65,3 +65,20 @@ template <typename T, typename V> __device__ __forceinline__ V product(V a, V b)
         __hmul2(reinterpret_cast<const P*>(&a)[i], reinterpret_cast<const P*>(&b)[i]);
   return out;
 }
+
+// What stands at `at` in each of Groups arrays, Stride floats apart, of each of the cluster's Split
+// blocks, added in that order.
+template <int Split, int Groups, int Stride>
+__device__ __forceinline__ float4 sum_of_parts(const float* at) {
+  float4 sum{};
+#pragma unroll
+  for (int q = 0; q < Split; ++q)
+#pragma unroll
+    for (int p = 0; p < Groups; ++p) {
+      const float* const from = at + p * Stride;
+      const float4 v = Split > 1 ? load_cluster(shared_address(from), q)
+                                 : *reinterpret_cast<const float4*>(from);
+      sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+    }
+  return sum;
+}
