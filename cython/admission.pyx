@@ -172,6 +172,5 @@ cdef void note_admission(Books* books, Sequence* seq, double now) noexcept nogil
     elif request.cached_tokens < 0:
         request.cached_tokens = seq.computed
         request.admitted = now
-        books.counters.queue_seconds += now - request.arrived
         books.counters.query_tokens += seq.num_tokens
         books.counters.hit_tokens += seq.computed

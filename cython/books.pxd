@@ -54,7 +54,6 @@ cdef struct Counters:
     int64_t swapped_blocks      # in both directions
     int64_t forks
     int64_t admissions
-    double queue_seconds
 
 cdef struct Tenant:
     int64_t deficit             # tokens it may still be served before others come first

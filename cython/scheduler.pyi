@@ -75,16 +75,12 @@ class Scheduler:
         """The earliest queue timeout or time limit of a waiting request; inf: none."""
     def flush_cache(self) -> int:
         """Drop cached blocks that nothing uses; returns how many."""
-    def load(self) -> dict[str, int]:
-        """Those of the counters and gauges that go out with every step, by the names of
-        messages.Load."""
-    def stats(self) -> dict[str, int | float]:
+    def stats(self) -> dict[str, int]:
         """Plain counters and gauges. Sequences: running, waiting. Tokens: waiting_tokens,
         hit_tokens, query_tokens, generated_tokens, preempted_tokens (computed again).
         Blocks: blocks_total, blocks_free (empty, or cached with no user), blocks_empty,
         blocks_cached, evictions, folded_blocks, host_blocks_free, swapped_blocks. Events:
-        admissions, preemptions, swaps_out, swaps_in, forks, steps; queue_seconds is the sum over
-        requests of the time until their first admission."""
+        admissions, preemptions, swaps_out, swaps_in, forks, steps."""
     def inter_token(self) -> tuple[tuple[float, ...], tuple[int, ...], float]:
         """Of the times between two tokens of one sequence: bounds in seconds, how many were up to
         each bound and above the one before (one count more: those above all), and their sum."""

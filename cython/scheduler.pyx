@@ -361,23 +361,6 @@ cdef class Scheduler:
         """Drop cached blocks that nothing uses; returns how many."""
         return tree_flush(&self.books.tree)
 
-    def load(self):
-        """What is told with every step; see scheduler.pyi."""
-        cdef Books* books = &self.books
-        return {
-            "running_requests": books.num_running,
-            "queued_requests": books.num_waiting,
-            "queued_tokens": books.waiting_tokens,
-            "kv_blocks_total": books.pool.num_blocks - 1,
-            "kv_blocks_free": pool_available(&books.pool),
-            "prefix_hit_tokens": books.counters.hit_tokens,
-            "prefix_query_tokens": books.counters.query_tokens,
-            "generated_tokens": books.counters.generated_tokens,
-            "preemptions": books.counters.preemptions,
-            "steps": books.num_committed,
-            "admitted_requests": books.counters.admissions,
-        }
-
     def stats(self):
         """Plain counters and gauges."""
         cdef Books* books = &self.books
@@ -402,7 +385,6 @@ cdef class Scheduler:
             "forks": books.counters.forks,
             "generated_tokens": books.counters.generated_tokens,
             "admissions": books.counters.admissions,
-            "queue_seconds": books.counters.queue_seconds,
             "steps": books.num_committed,
         }
 

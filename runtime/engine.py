@@ -142,7 +142,21 @@ class Engine:
 
     def load(self) -> Load:
         """The scheduler's gauges and counters."""
-        return Load(violations=self._violations, **self.scheduler.load())
+        stats = self.scheduler.stats()
+        return Load(
+            running_requests=stats["running"],
+            queued_requests=stats["waiting"],
+            queued_tokens=stats["waiting_tokens"],
+            kv_blocks_total=stats["blocks_total"],
+            kv_blocks_free=stats["blocks_free"],
+            prefix_hit_tokens=stats["hit_tokens"],
+            prefix_query_tokens=stats["query_tokens"],
+            generated_tokens=stats["generated_tokens"],
+            preemptions=stats["preemptions"],
+            steps=stats["steps"],
+            violations=self._violations,
+            admitted_requests=stats["admissions"],
+        )
 
     def stats(self) -> EngineStats:
         """How long tokens were apart and steps took, since start."""
