@@ -41,9 +41,13 @@ class DecoderShape:
     def most_rows(self) -> int:
         """Rows up to which one grid was faster than one kernel after the other, as measured: where
         layers are long, the words of several rows' x cost more than the launches did."""
-        hidden, inner = self.hidden_size, self.intermediate_size
-        layer = hidden * (self.qkv_width + self.attended + 3 * inner)
-        return 4 if layer <= _SMALL_LAYER else 1
+        return 4 if self.small else 1
+
+    @property
+    def small(self) -> bool:
+        """Whether a layer is read in less time than its chain of waits takes."""
+        layer = self.qkv_width + self.attended + 3 * self.intermediate_size
+        return self.hidden_size * layer <= _SMALL_LAYER
 
     @property
     def qkv_width(self) -> int:
@@ -69,17 +73,28 @@ class _Product:
         """Rows of W that a thread block owns at most: pairs of outputs, all alike to one pair."""
         return 2 * -(-self.outputs // 2 // grid) * (2 if self.gated else 1)
 
-    def slot_rows(self, grid: int, x_rows: int) -> int:
-        """Rows of a slot: those that leave the least of the slots empty; with several rows of x,
-        which each group of W's rows may have to fetch again, first those with the fewest groups."""
+    def slot_rows(self, grid: int, x_rows: int, warps: int) -> int:
+        """Rows of a slot: of one row of x those whose slots are most alike, as the ring and the
+        copies under way count slots; of several, which each group of W's rows may have to fetch
+        again, those with the fewest groups."""
         rows, unit = self.rows(grid), 16 if self.gated else 8
 
-        def waste(slot_rows: int) -> tuple[float, float, int]:
+        def alike(slot_rows: int) -> tuple[float, int, bool, int]:
+            steps, columns = self.steps(slot_rows, warps)
+            groups = -(-rows // slot_rows)
+            largest = min(rows, slot_rows) * columns * warps
+            share = rows * self.depth / (groups * steps * largest)
+            # A matrix instruction has 16 rows.
+            return -round(share, 2), groups * steps, slot_rows % 16 != 0, slot_rows
+
+        def few(slot_rows: int) -> tuple[int, float, int]:
             groups = -(-rows // slot_rows)
             used = SLOT_BYTES // (2 * _CHUNK * slot_rows) * 2 * _CHUNK * rows
-            return groups if x_rows > 1 else 0, 1 - used / (groups * SLOT_BYTES), -slot_rows
+            return groups, 1 - used / (groups * SLOT_BYTES), -slot_rows
 
-        return min(range(unit, SLOT_BYTES // (2 * _CHUNK) + 1, unit), key=waste)
+        most = min(SLOT_BYTES // (2 * _CHUNK), -(-rows // unit) * unit)
+        sizes = range(unit, most + 1, unit)
+        return min(sizes, key=alike) if x_rows == 1 else min(sizes, key=few)
 
     def steps(self, slot_rows: int, warps: int) -> tuple[int, int]:
         """Slots of a warp along k, and the columns of each."""
@@ -109,6 +124,12 @@ class DecoderPlan:
         """Of each warp's ring: what the shared memory has room for."""
         slots = (self.shared_limit - self._fixed_bytes()) // (self.warps * (SLOT_BYTES + 16))
         return min(slots, _MAX_SLOTS)
+
+    @property
+    def copies(self) -> int:
+        """Slots that a producer warp has under way, as measured. More stand in front of what the
+        consumers read, shared memory included; fewer leave bandwidth unused."""
+        return 1 if self.shape.small else 3
 
     @property
     def fits(self) -> bool:
@@ -143,6 +164,7 @@ class DecoderPlan:
             "QK_NORM": int(shape.qk_norm),
             "WARPS": self.warps,
             "PRODUCERS": self.producers,
+            "COPIES": self.copies,
             "SLOTS": self.slots,
             "SLOT_BYTES": SLOT_BYTES,
             "X_BYTES": self._x_bytes(),
@@ -156,7 +178,7 @@ class DecoderPlan:
 
     def _slots_of_products(self) -> list[tuple[_Product, int]]:
         """The products with the rows of their slots."""
-        return [(p, p.slot_rows(self.grid, self.rows)) for p in _products(self.shape)]
+        return [(p, p.slot_rows(self.grid, self.rows, self.warps)) for p in _products(self.shape)]
 
     def _x_bytes(self) -> int:
         """Of x that a warp holds: its k of every product for one row; for more rows that of the

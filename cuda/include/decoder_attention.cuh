@@ -102,6 +102,7 @@ __device__ __forceinline__ void produce_kv(Producer& producer, Shared& shared, c
         }
         copy_run(slot, layer.values + from);
         barriers.commit(producer.at[c]);
+        producer.pace();
       }
     }
   }

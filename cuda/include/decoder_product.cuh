@@ -56,6 +56,7 @@ template <int Outputs, int Depth, int SlotRows, bool Norm, bool Gated> struct Pr
         copy_slot(shared_address(shared.slots[consumer][producer.at[c].slot]), w, mine,
                   i / kSteps * kGroupOutputs, (i % kSteps * WARPS + consumer) * kColumns);
         barriers.commit(producer.at[c]);
+        producer.pace();
       }
   }
 

@@ -3,9 +3,10 @@
 //
 // Macros: SCALAR; GRID (thread blocks, all resident at once); ROWS (tokens of the step, padding
 // included); LAYERS, HIDDEN, INNER, HEADS, GROUP (query heads of a KV head), HEAD_DIM, QK_NORM;
-// WARPS that multiply and PRODUCERS that copy; SLOTS of a warp's ring of SLOT_BYTES each; X_BYTES
-// of x a warp, PARTIAL_ROWS of W whose sums wait for a barrier; QKV_ROWS, OUTPUT_ROWS,
-// GATE_UP_ROWS and DOWN_ROWS of W in a slot; SHARED_BYTES that the launch asks for.
+// WARPS that multiply and PRODUCERS that copy, with COPIES of slots under way each; SLOTS of a
+// warp's ring of SLOT_BYTES each; X_BYTES of x a warp, PARTIAL_ROWS of W whose sums wait for a
+// barrier; QKV_ROWS, OUTPUT_ROWS, GATE_UP_ROWS and DOWN_ROWS of W in a slot; SHARED_BYTES that the
+// launch asks for.
 #pragma once
 #include "decode_tile.cuh"
 #include "linear_tile.cuh"
@@ -91,6 +92,13 @@ struct Consumer {
 struct Producer {
   int first;  // of the consumers
   SlotCursor<SLOTS> at[kConsumersEach];
+
+  // After each slot. What the multiprocessor cannot send on at once stands in front of the
+  // consumers' accesses, those to shared memory too, so a free slot alone is no reason to copy.
+  __device__ __forceinline__ void pace() const {
+    cp_async_commit();
+    cp_async_wait<COPIES>();
+  }
 };
 
 __device__ __forceinline__ void sync_consumers() {

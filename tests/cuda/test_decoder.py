@@ -36,7 +36,9 @@ SHAPES = {
 HOPPER_LIMIT = 227 * 1024
 
 
-@pytest.mark.parametrize(("name", "rows"), [("tiny", 8), ("0.6b", 1), ("4b", 4), ("8b", 1)])
+@pytest.mark.parametrize(
+    ("name", "rows"), [("tiny", 8), ("0.6b", 1), ("4b", 1), ("4b", 4), ("8b", 1)]
+)
 def test_hopper_compiles_it_within_its_shared_memory(name: str, rows: int, tmp_path: Path) -> None:
     plan = DecoderPlan(SHAPES[name], rows, grid_of(SHAPES[name], 132), HOPPER_LIMIT)
     assert plan.fits
