@@ -85,6 +85,8 @@ DECODES = [
     Shape("decode 64 x 1152, 16/8 heads", ((1, 1151, 64),), heads=16, layers=8),
     Shape("decode 256 x 1152, 16/8 heads", ((1, 1151, 256),), heads=16),
     Shape("decode 1024 x 512", ((1, 511, 1024),)),
+    Shape("decode 256 x 200", ((1, 199, 256),), layers=12),
+    Shape("decode 64 x 20 + 64 x 2000", ((1, 19, 64), (1, 1999, 64))),
     Shape("decode 64 x 1024, 8/4 heads of 64", ((1, 1023, 64),), 8, 4, 64, layers=16),
     Shape("decode 64 x 2048, 8/4 heads of 256", ((1, 2047, 64),), 8, 4, 256),
 ]

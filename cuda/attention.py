@@ -33,6 +33,9 @@ MAX_ROWS = 4096
 
 _MIN_SHARE = 8
 """Blocks of KV that a thread block takes at least: fewer would only be merged again."""
+_GAP_BYTES, _MOST_GAP = 32 * 1024, 8
+"""What a pair of a row and a KV head costs beside its blocks, as measured: the time of reading that
+many bytes, and at most that many blocks."""
 _SHARE_WORDS, _ROW_WORDS, _TILE_WORDS = 8, 4, 8
 
 
@@ -80,6 +83,7 @@ class PagedAttention:
         self._max_rows, self._max_tokens = max_rows, max_tokens
         self._tile_parts = 2 * library.num_sms // spec.num_kv_heads + 1
         self._num_shares = library.num_sms * self._config.blocks_per_sm
+        self._gap = max(1, min(_MOST_GAP, _GAP_BYTES // (2 * spec.run_bytes)))
         self._plan = library.get("attention_plan.cu", "attention_plan")
         self._kernels = [
             library.get(program.source, program.source.removesuffix(".cu"), program.defines)
@@ -161,7 +165,8 @@ class PagedAttention:
                 self._prefill.tile_rows,
                 self._prefill.tile_keys,
                 self._library.num_sms if work.split else 0,
-                _MIN_SHARE,
+                _MIN_SHARE + self._gap,  # so that no share is nothing but a gap
+                self._gap,
             ),
             pdl=self._pdl,
         )
@@ -209,7 +214,7 @@ class PagedAttention:
             return out
 
         decode, *prefills = self._kernels
-        ends = (spec.num_kv_heads, stride * keys.itemsize, block_table.stride(0), scale)
+        sizes = (spec.num_kv_heads, stride * keys.itemsize, block_table.stride(0))
         decode.launch(
             (self._num_shares, 1, 1),
             (DECODE_WARPS * 32, 1, 1),
@@ -225,7 +230,9 @@ class PagedAttention:
                 self._arrivals,
                 k_scale,
                 v_scale,
-                *ends,
+                *sizes,
+                self._gap,
+                scale,
             ),
             shared_bytes=self._config.shared_bytes,
             pdl=self._pdl,
@@ -238,7 +245,7 @@ class PagedAttention:
             prefills[work.split].launch(
                 (min(work.max_tiles * spec.num_kv_heads, most), 1, 1),
                 (how.threads, 1, 1),
-                (*tiles, work.max_tiles, *ends, *merge),
+                (*tiles, work.max_tiles, *sizes, scale, *merge),
                 shared_bytes=how.shared_bytes,
                 pdl=self._pdl,
             )

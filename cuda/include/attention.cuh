@@ -13,17 +13,19 @@
 constexpr int kBlockTokens = kv_layout::kBlockTokens;
 constexpr float kLog2e = 1.4426950408889634f;
 
-// Where one thread block of the decode kernel starts, and how far it goes: `blocks` KV blocks in
-// the order decode row, KV head, block. The first row is given in full, to save it a look-up.
+// Where one thread block of the decode kernel starts, and how far it goes. The line that all of
+// them share has, for each decode row and each KV head in turn, a gap, which stands for what a pair
+// costs beside its blocks, and then the blocks. The first row is given in full, to save it a
+// look-up.
 struct alignas(16) DecodeShare {
   int row;     // index in the list of decode rows
   int head;    // KV head
-  int block;   // block of the row's sequence
-  int blocks;  // how many blocks; 0: nothing to do
+  int block;   // block of the row's sequence; negative: that many places before its first
+  int length;  // places on the line; 0: nothing to do
   int table_row;
   int tokens;
   int query;
-  int share;   // blocks of every thread block but the last ones
+  int share;   // places of every thread block but the last ones
 };
 
 struct alignas(16) DecodeRow {

@@ -1,12 +1,12 @@
 // Decode attention: one query token a row against its paged KV, for all rows of a step.
 //
 // Flash-decoding (Dao et al. 2023) on an even cut: the KV blocks of all (row, KV head) pairs form
-// one line, and every thread block of a persistent grid takes an equal share of it, so that a
-// batch's skew costs nothing. A warp takes every fourth block of the share through its own ring of
-// copies, and multiplies with swapped operands: the 16 keys of a block are the rows of the tensor
-// core's tile, the query heads of the KV head its 8 columns. Warps meet where a pair ends; a pair
-// that spans thread blocks is finished by whichever arrives last, in the fixed order of its parts,
-// so that results do not depend on timing.
+// one line, with a gap for what each pair costs by itself, and every thread block of a persistent
+// grid takes an equal share of it, so that a batch's skew costs nothing. A warp takes every fourth
+// block of the share through its own ring of copies, and multiplies with swapped operands: the 16
+// keys of a block are the rows of the tensor core's tile, the query heads of the KV head its 8
+// columns. Warps meet where a pair ends; a pair that spans thread blocks is finished by whichever
+// arrives last, in the fixed order of its parts, so that results do not depend on timing.
 //
 // Macros beside those of attention.cuh: STAGES of a warp's ring, MIN_BLOCKS_PER_SM.
 #include "block_ring.cuh"
@@ -37,30 +37,34 @@ __device__ __forceinline__ DecodeShare load_share(const DecodeShare* from) {
   to[1] = __ldcg(reinterpret_cast<const int4*>(from) + 1);
   return share;
 }
+__device__ __forceinline__ DecodeRow load_row(const DecodeRow* from) {
+  const int4 row = __ldcg(reinterpret_cast<const int4*>(from));
+  return {row.x, row.y, row.z, row.w};
+}
 
 // A walk over the segments of a share: runs of blocks of one (row, KV head).
 struct Walk {
   int row, head, begin, end, table_row, tokens, query;
-  int position;   // of `begin` in the share
-  int remaining;  // blocks of the share behind `end`
+  int position;  // of `begin` in the share
+  int dealt;     // blocks of the share before `begin`
+  int length;    // of the share
 
   __device__ explicit Walk(const DecodeShare& share)
-      : row(share.row), head(share.head), begin(share.block), table_row(share.table_row),
-        tokens(share.tokens), query(share.query), position(0), remaining(share.blocks) {
+      : row(share.row), head(share.head), begin(max(share.block, 0)), table_row(share.table_row),
+        tokens(share.tokens), query(share.query), position(max(-share.block, 0)), dealt(0),
+        length(share.length) {
     take();
   }
   __device__ int blocks() const { return (tokens + kBlockTokens - 1) / kBlockTokens; }
-  __device__ void take() {
-    end = min(blocks(), begin + remaining);
-    remaining -= end - begin;
-  }
+  __device__ void take() { end = min(blocks(), begin + length - position); }
   // False when the share is done.
-  __device__ bool advance(const DecodeRow* rows, int num_kv_heads) {
-    if (remaining == 0) return false;
-    position += end - begin;
+  __device__ bool advance(const DecodeRow* rows, int num_kv_heads, int gap) {
+    dealt += end - begin;
+    position += end - begin + gap;
+    if (position >= length) return false;
     if (++head == num_kv_heads) {
       head = 0;
-      const DecodeRow next = rows[++row];
+      const DecodeRow next = load_row(rows + ++row);
       table_row = next.table_row;
       tokens = next.tokens;
       query = next.query;
@@ -70,7 +74,7 @@ struct Walk {
     return true;
   }
   // The first block of the segment that is warp `warp`'s: blocks are dealt out in turn.
-  __device__ int first(int warp) const { return begin + ((warp - position) & (kWarps - 1)); }
+  __device__ int first(int warp) const { return begin + ((warp - dealt) & (kWarps - 1)); }
 };
 
 // Runs ahead of the arithmetic and keeps the warp's ring full.
@@ -97,10 +101,10 @@ struct Fetcher {
 
   template <typename Ring>
   __device__ void next(Ring& ring, const u8* keys, const u8* values, const int* table,
-                       const DecodeRow* rows, int table_stride, int num_kv_heads,
+                       const DecodeRow* rows, int table_stride, int num_kv_heads, int gap,
                        i64 block_bytes) {
     while (!done && block >= walk.end) {
-      done = !walk.advance(rows, num_kv_heads);
+      done = !walk.advance(rows, num_kv_heads, gap);
       if (done) break;
       block = walk.first(threadIdx.x / 32);
       load_table(table, table_stride);
@@ -137,7 +141,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS_PER_SM)
     attention_decode(const SCALAR* q, SCALAR* out, const u8* keys, const u8* values,
                      const int* block_table, const DecodeShare* shares, const DecodeRow* rows,
                      float* partials, int* arrivals, const float* k_scale, const float* v_scale,
-                     int num_kv_heads, int block_bytes, int table_stride, float scale) {
+                     int num_kv_heads, int block_bytes, int table_stride, int gap, float scale) {
   extern __shared__ __align__(1024) u8 memory[];
   BlockRing<kWarps, STAGES, kRunBytes> ring(shared_address(memory));
   Shared& shared = *reinterpret_cast<Shared*>(memory + kRingBytes);
@@ -149,13 +153,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS_PER_SM)
   Walk walk(share);
   Fetcher fetcher(share, block_table, table_stride);
   const auto fetch = [&] {
-    fetcher.next(ring, keys, values, block_table, rows, table_stride, num_kv_heads, block_bytes);
+    fetcher.next(ring, keys, values, block_table, rows, table_stride, num_kv_heads, gap,
+                 block_bytes);
   };
   int fetched = 0;
 #pragma unroll 1
   for (; fetched < STAGES && fetcher.next_is_old(); ++fetched) fetch();
   wait_for_previous();
-  if (share.blocks == 0) return;
+  if (share.length == 0) return;
 #pragma unroll 1
   for (; fetched < STAGES; ++fetched) fetch();
 
@@ -239,5 +244,5 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS_PER_SM)
       }
     }
     __syncthreads();  // before the next pair's results take the shared memory
-  } while (walk.advance(rows, num_kv_heads));
+  } while (walk.advance(rows, num_kv_heads, gap));
 }

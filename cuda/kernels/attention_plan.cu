@@ -1,6 +1,7 @@
 // The work lists of a step's attention, made once for all layers: one thread block.
 //
-// Decode rows (one query token) are cut into equal shares of KV blocks, whatever the rows' lengths.
+// Decode rows (one query token) are cut into equal shares of KV blocks, whatever the rows' lengths,
+// where each pair of a row and a KV head counts as `gap` blocks more than it has.
 // Rows with more tokens are cut into tiles of query rows, the longest first, so that thread blocks
 // that take them in turn end together; a tile with far more keys than a thread block's even share
 // (a short chunk behind a long prefix) is cut along its keys too. Padding rows (no token) appear in neither list.
@@ -75,7 +76,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     attention_plan(const int* rows, const int* q_start, const int* kv_len, DecodeShare* shares,
                    DecodeRow* decode_rows, PrefillTile* tiles, int num_rows, int num_shares,
                    int max_tiles, int num_kv_heads, int group, int tile_rows, int tile_keys,
-                   int num_blocks, int min_share) {
+                   int num_blocks, int min_share, int gap) {
   __shared__ int block_prefix[kMaxRows];
   __shared__ int tile_prefix[kMaxRows];
   __shared__ int bins[kBins];
@@ -98,7 +99,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
       const int begin = q_start[r], queries = q_start[r + 1] - begin;
       row = {begin, rows[r], kv_len[r] + queries, 0};
       if (queries == 1) {
-        mine = {1, cdiv(row.tokens, kBlockTokens), 0};
+        mine = {1, cdiv(row.tokens, kBlockTokens) + gap, 0};
       } else if (queries > 1) {
         mine = {0, 0, cdiv(queries * group, tile_rows)};
         atomicMax(&max_keys, row.tokens);
@@ -115,19 +116,19 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   }
   __syncthreads();
 
-  const i64 all_blocks = static_cast<i64>(sum.blocks) * num_kv_heads;
-  const int share = max(min_share, static_cast<int>((all_blocks + num_shares - 1) / num_shares));
+  const i64 line = static_cast<i64>(sum.blocks) * num_kv_heads;
+  const int share = max(min_share, static_cast<int>((line + num_shares - 1) / num_shares));
   for (int c = thread; c < num_shares; c += kThreads) {
     const i64 begin = static_cast<i64>(c) * share;
     DecodeShare s = {};
-    if (begin < all_blocks) {
+    if (begin < line) {
       s.row = find(block_prefix, sum.decodes, begin, num_kv_heads);
       const DecodeRow row = decode_rows[s.row];
-      const int blocks = cdiv(row.tokens, kBlockTokens);
+      const int places = gap + cdiv(row.tokens, kBlockTokens);
       const int local = static_cast<int>(begin - static_cast<i64>(block_prefix[s.row]) * num_kv_heads);
-      s.head = local / blocks;
-      s.block = local % blocks;
-      s.blocks = static_cast<int>(min(static_cast<i64>(share), all_blocks - begin));
+      s.head = local / places;
+      s.block = local % places - gap;
+      s.length = static_cast<int>(min(static_cast<i64>(share), line - begin));
       s.table_row = row.table_row;
       s.tokens = row.tokens;
       s.query = row.query;

@@ -278,6 +278,16 @@ def test_more_rows_than_thread_blocks(library: KernelLibrary) -> None:
     case.check(case.run(attention, case.plan(attention)))
 
 
+@pytest.mark.parametrize("kv_dtype", [BF16, FP8])
+def test_shares_that_begin_anywhere_in_a_pair(
+    library: KernelLibrary, kv_dtype: torch.dtype
+) -> None:
+    shape = [(1, length % 70) for length in range(150)]
+    case = make_case(shape, heads=32, kv_heads=8, kv_dtype=kv_dtype)
+    attention = attention_for(library, case)
+    case.check(case.run(attention, case.plan(attention)))
+
+
 def test_an_empty_step_touches_nothing(library: KernelLibrary) -> None:
     case = make_case([(1, 3)])
     attention = attention_for(library, case)
