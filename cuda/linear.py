@@ -23,6 +23,7 @@ from zllm.cuda.linear_plans import (
     faster_than_cublas,
     skinny_plan,
     tiled_plan,
+    tiles_are_faster,
 )
 from zllm.cuda.tensor_map import TensorMaps
 from zllm.errors import KernelError
@@ -48,8 +49,8 @@ class SkinnyLinear:
     """Products of one device. `programs` names what to compile ahead of the first call."""
 
     MAX_NORM_ROWS = 8
-    """Rows of x that `linear` takes with `norm`: above them the product before it leaves what the
-    norm needs (`add_linear_scaled`), or the norm is a kernel of its own."""
+    """Rows of x that `linear` takes with `norm`; else the product before leaves what the norm needs
+    (`add_linear_scaled`), or the norm is a kernel of its own."""
 
     def __init__(self, library: KernelLibrary) -> None:
         self._library = library
@@ -100,7 +101,7 @@ class SkinnyLinear:
             _check_like("norm", norm, x, (k,))
             _check(x.dtype == torch.bfloat16, f"norm: fused for bfloat16 only, x is {x.dtype}")
 
-        plan = self._plan(m, weight.shape[0], k, gated)
+        plan = self._plan(m, weight.shape[0], k, gated, norm is not None)
         if isinstance(plan, Tiled):
             self._launch_tiled(plan, x, weight, out, residual=residual, gated=gated)
             return out
@@ -119,8 +120,8 @@ class SkinnyLinear:
         """Whether `add_linear_scaled` and `linear_of_scaled` take [m, k] x [n, k]^T, and norms are
         faster so."""
         aligned = n % (2 * UNIT) == 0 and dtype == torch.bfloat16  # h * gains must not overflow
-        tiled = self._hopper and m > self.MAX_NORM_ROWS
-        return aligned and tiled and self.supports(m, n, k, dtype, gated=True)
+        supported = aligned and self.supports(m, n, k, dtype, gated=True)
+        return supported and isinstance(self._plan(m, n, k), Tiled)
 
     def add_linear_scaled(
         self, residual: Tensor, x: Tensor, weight: Tensor, gains: Tensor
@@ -201,22 +202,28 @@ class SkinnyLinear:
     ) -> Iterator[Program]:
         """The programs that products with an [n, k] weight need, whatever M; none for what is
         cuBLAS's. `norm`: fused as far as it can be, also by what is left beside a `residual`."""
+        found: list[Program] = []
         sizes = (8, *TILE_ROWS)
         for fewest, m in zip((1, *(size + 1 for size in sizes)), sizes, strict=False):
             if self._takes(m, n, gated) and self.supports(fewest, n, k, dtype, gated):
-                plan = self._plan(m, n, k, gated)
-                source = (_TILED if isinstance(plan, Tiled) else _SKINNY)[0]
                 with_norm = norm and m <= self.MAX_NORM_ROWS
-                yield Program(source, _macros(plan, dtype, with_norm, residual, gated))
+                plan = self._plan(m, n, k, gated, with_norm)
+                source = (_TILED if isinstance(plan, Tiled) else _SKINNY)[0]
+                found.append(Program(source, _macros(plan, dtype, with_norm, residual, gated)))
                 if (norm or residual) and self.supports_scaled(m, n, k, dtype):
-                    macros = _macros(plan, dtype, norm, residual, gated, scaled=residual)
-                    yield Program(source, macros)
+                    tiled = self._tiled_plan(m, n, k, gated)
+                    macros = _macros(tiled, dtype, norm, residual, gated, scaled=residual)
+                    found.append(Program(_TILED[0], macros))
+        yield from (p for i, p in enumerate(found) if p not in found[:i])
 
     def _takes(self, m: int, n: int, gated: bool) -> bool:
         return 1 <= m <= self.max_rows and (m <= 16 or not gated or n // 2 % UNIT == 0)
 
-    def _plan(self, m: int, n: int, k: int, gated: bool) -> Skinny | Tiled:
-        if self._hopper and m > 8 and not (gated and n // 2 % UNIT):
+    def _plan(
+        self, m: int, n: int, k: int, gated: bool = False, norm: bool = False
+    ) -> Skinny | Tiled:
+        tiles = self._hopper and not norm and not (gated and n // 2 % UNIT)
+        if tiles and tiles_are_faster(m, n, k):
             return self._tiled_plan(m, n, k, gated)
         return skinny_plan(m, n, self._library.num_sms).fit(self._limit)
 

@@ -16,6 +16,8 @@ TILE_ROWS = (64, 128, 192, 256)
 UNIT = 8
 """Rows in which linear_wgmma.cu divides: one pattern of its shared memory's swizzle."""
 _MOST_COLUMNS = 192
+_LIGHT = 7_000_000
+"""Elements of a weight that is read before a deep ring is full."""
 
 
 @dataclass(frozen=True)
@@ -141,13 +143,19 @@ def skinny_plan(m: int, n: int, num_sms: int) -> Skinny:
     return Skinny(1, 2, 1, 8, 1, 6) if short else Skinny(2, 2, 2, 4, 1, 4)
 
 
+def tiles_are_faster(m: int, n: int, k: int) -> bool:
+    """Whether Hopper's tiles, all of 64 rows at least, beat the skinny kernel in a chain
+    of products."""
+    return m > 8 or n * k > _LIGHT
+
+
 def tiled_plan(
     m: int, n: int, k: int, num_sms: int, clusters_of_4: int, gated: bool = False
 ) -> Tiled:
-    """For 9 to TILE_ROWS[-1] rows of x and n of W, counted in W's rows also where two make one
+    """For 1 to TILE_ROWS[-1] rows of x and n of W, counted in W's rows also where two make one
     output. `clusters_of_4`: those that run at once, of blocks that have a multiprocessor each."""
     unit = 2 * UNIT if gated else UNIT
-    light = m <= 64 and n * k <= 7_000_000  # over before a deep ring is full: start early instead
+    light = m <= 64 and n * k <= _LIGHT  # so start early instead
     blocks = {1: num_sms, 2: num_sms // 2, 4: num_sms // 8 * 2 if light else clusters_of_4}
     rows, high = next(size for size in TILE_ROWS if m <= size), 1
 

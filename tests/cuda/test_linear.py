@@ -60,7 +60,7 @@ def test_a_skinny_plan_lets_two_blocks_share_a_hopper_multiprocessor(m: int, n: 
     assert 2 * (plan.shared_bytes(norm=True) + 1024) <= 228 * 1024
 
 
-@pytest.mark.parametrize("m", [9, 16, 17, 64, 65, 128, 129, 192, 193, 249, 256])
+@pytest.mark.parametrize("m", [1, 8, 9, 16, 17, 64, 65, 128, 129, 192, 193, 249, 256])
 @pytest.mark.parametrize("n", [16, 48, 1024, 1504, 2064, 2560, 4096, 4224, 6144, 19456, 151936])
 @pytest.mark.parametrize("k", [64, 1024, 4096])
 @pytest.mark.parametrize("gated", [False, True])
@@ -192,7 +192,7 @@ def test_fused_parts_equal_their_separate_float64(
         (4096, 12288, 6144),
     ],
 )
-@pytest.mark.parametrize("m", [9, 16, 29, 64, 90, 128, 170, 200, 256])
+@pytest.mark.parametrize("m", [1, 3, 8, 9, 16, 29, 64, 90, 128, 170, 200, 256])
 def test_a_residual_leaves_what_the_next_norm_needs(
     products: SkinnyLinear, m: int, n: int, k: int, inner: int
 ) -> None:
@@ -292,3 +292,4 @@ def test_supports_only_what_it_computes(products: SkinnyLinear) -> None:
     assert not products.supports(products.max_rows + 1, 1024, 2048, torch.bfloat16)
     assert not products.supports(1, 1024, 2048, torch.float32)
     assert not products.supports(1, 1024, 2044, torch.bfloat16)
+    assert not products.supports_scaled(products.max_rows + 1, 4096, 4096, torch.bfloat16)
