@@ -1,10 +1,10 @@
 // The work lists of a step's attention, made once for all layers: one thread block.
 //
 // Decode rows (one query token) are cut into equal shares of KV blocks, whatever the rows' lengths,
-// where each pair of a row and a KV head counts as `gap` blocks more than it has.
-// Rows with more tokens are cut into tiles of query rows, the longest first, so that thread blocks
-// that take them in turn end together; a tile with far more keys than a thread block's even share
-// (a short chunk behind a long prefix) is cut along its keys too. Padding rows (no token) appear in neither list.
+// where each pair of a row and a KV head counts as `gap` blocks more than it has. Rows with more
+// tokens are cut into tiles of query rows, the longest first, so that thread blocks that take them
+// in turn end together; a tile with far more keys than a thread block's even share (a short chunk
+// behind a long prefix) is cut along its keys too. Padding rows (no token) appear in neither list.
 #define GROUP 1
 #define HEAD_DIM 64
 #define KV_FP8 0

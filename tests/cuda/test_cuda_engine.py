@@ -72,14 +72,28 @@ def test_few_sequences_go_through_the_resident_decoder(
         return run(self, tokens, *args, **options)
 
     monkeypatch.setattr(ResidentDecoder, "run", spy)
-    server = Server(folder, device="cuda", dtype="bfloat16", enforce_eager=True)
     asked = [Request(prompt, 12, 3 * index) for index, prompt in enumerate(PROMPTS[:5])]
+    _check_logits(hf_model, folder, asked)
+    assert set(launched) >= {1, 2, 3}
+
+
+def test_few_sequences_of_a_wide_model(tmp_path: Path) -> None:
+    """Whose products are the tiles' with any number of rows, and leave norms to each other."""
+    sizes = {"hidden_size": 2048, "intermediate_size": 4096, "head_dim": 128}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 8}
+    hf_model = make_hf_model(seed=3, **sizes, **heads)
+    asked = [Request(prompt, 6, 2 * index) for index, prompt in enumerate(PROMPTS[:6])]
+    _check_logits(hf_model, save(hf_model, tmp_path), asked)
+
+
+def _check_logits(hf_model: Any, folder: Path, asked: list[Request]) -> None:
+    """Served in bfloat16, by steps of any size."""
+    server = Server(folder, device="cuda", dtype="bfloat16", enforce_eager=True)
     for request, answer in zip(asked, server.serve(asked), strict=True):
         tokens = answer.tokens
         expected = all_logits(hf_model, [*request.prompt, *tokens])[len(request.prompt) - 1 : -1]
         error = (torch.stack(answer.logits).float() - expected).abs().max()
         assert error / expected.abs().max() < LOGITS_TOLERANCE["bfloat16"]
-    assert set(launched) >= {1, 2, 3}
 
 
 @pytest.mark.parametrize("blocks", [400, 14])
