@@ -1,4 +1,4 @@
-// y = x W^T for 9 to 256 rows of x on Hopper, with wgmma: x is its M side, in tiles of 64 to 256
+// y = x W^T for up to 256 rows of x on Hopper, with wgmma: x is its M side, in tiles of 64 to 256
 // rows, and W its N side, as wide as an even share of it.
 //
 // What limits is what goes through shared memory: a tile's rows and columns come in once, and each
