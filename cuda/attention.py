@@ -165,7 +165,7 @@ class PagedAttention:
                 self._prefill.tile_rows,
                 self._prefill.tile_keys,
                 self._library.num_sms if work.split else 0,
-                _MIN_SHARE + self._gap,  # so that no share is nothing but a gap
+                max(_MIN_SHARE, 2 * self._gap),  # a share must be more than a gap
                 self._gap,
             ),
             pdl=self._pdl,
