@@ -83,7 +83,7 @@ class PagedAttention:
         self._max_rows, self._max_tokens = max_rows, max_tokens
         self._tile_parts = 2 * library.num_sms // spec.num_kv_heads + 1
         self._num_shares = library.num_sms * self._config.blocks_per_sm
-        self._gap = max(1, min(_MOST_GAP, _GAP_BYTES // (2 * spec.run_bytes)))
+        self._gap = min(_MOST_GAP, _GAP_BYTES // (2 * spec.run_bytes))
         self._plan = library.get("attention_plan.cu", "attention_plan")
         self._kernels = [
             library.get(program.source, program.source.removesuffix(".cu"), program.defines)

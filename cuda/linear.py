@@ -120,8 +120,7 @@ class SkinnyLinear:
         """Whether `add_linear_scaled` and `linear_of_scaled` take [m, k] x [n, k]^T, and norms are
         faster so."""
         aligned = n % (2 * UNIT) == 0 and dtype == torch.bfloat16  # h * gains must not overflow
-        supported = aligned and self.supports(m, n, k, dtype, gated=True)
-        return supported and isinstance(self._plan(m, n, k), Tiled)
+        return aligned and self.supports(m, n, k, dtype, gated=True) and self._is_tiled(m, n, k)
 
     def add_linear_scaled(
         self, residual: Tensor, x: Tensor, weight: Tensor, gains: Tensor
@@ -219,13 +218,14 @@ class SkinnyLinear:
     def _takes(self, m: int, n: int, gated: bool) -> bool:
         return 1 <= m <= self.max_rows and (m <= 16 or not gated or n // 2 % UNIT == 0)
 
-    def _plan(
-        self, m: int, n: int, k: int, gated: bool = False, norm: bool = False
-    ) -> Skinny | Tiled:
-        tiles = self._hopper and not norm and not (gated and n // 2 % UNIT)
-        if tiles and tiles_are_faster(m, n, k):
+    def _plan(self, m: int, n: int, k: int, gated: bool, norm: bool) -> Skinny | Tiled:
+        if self._is_tiled(m, n, k, gated, norm):
             return self._tiled_plan(m, n, k, gated)
         return skinny_plan(m, n, self._library.num_sms).fit(self._limit)
+
+    def _is_tiled(self, m: int, n: int, k: int, gated: bool = False, norm: bool = False) -> bool:
+        takes = self._hopper and not norm and not (gated and n // 2 % UNIT)
+        return takes and tiles_are_faster(m, n, k)
 
     def _tiled_plan(self, m: int, n: int, k: int, gated: bool) -> Tiled:
         library = self._library
