@@ -14,7 +14,7 @@ from zllm.cuda.launcher import KernelLibrary
 from zllm.cuda.linear import SkinnyLinear
 from zllm.cuda.linear_gated import GatedLinear
 from zllm.runtime.kv_cache import KVCache
-from zllm.runtime.ops import Batch, Decoder, DecoderLayer, end_layer
+from zllm.runtime.ops import Batch, Decoder, DecoderLayer, one_by_one
 
 
 class CudaOps:
@@ -103,10 +103,7 @@ class CudaOps:
         self, x: Tensor, attended: Tensor, layer: DecoderLayer, following: DecoderLayer, eps: float
     ) -> Tensor:
         if not self._scales(x, layer, following):
-            end_layer(self, x, attended, layer, eps)
-            return self.norm_linear(
-                x, following.input_norm, following.qkv, following.qkv_bias, eps=eps
-            )
+            return one_by_one(self, x, attended, layer, following, eps)
         skinny = self._skinny
         normed = skinny.add_linear_scaled(x, attended, layer.output, layer.post_norm)
         gated = skinny.linear_of_scaled(normed, layer.gate_up, eps=eps, gated=True)

@@ -147,7 +147,7 @@ class Ops(Protocol):
         self, x: Tensor, attended: Tensor, layer: DecoderLayer, following: DecoderLayer, eps: float
     ) -> Tensor:
         """[P, H], [P, Hq * D] -> [P, (Hq + 2 Hkv) * D]: from a layer's attention to the qkv of the
-        one that follows; x in place. `end_layer`, then `norm_linear`."""
+        one that follows; x in place. See `one_by_one`."""
         ...
 
     def rope_and_cache(
@@ -190,3 +190,16 @@ def end_layer(ops: Ops, x: Tensor, attended: Tensor, layer: DecoderLayer, eps: f
     ops.add_linear(x, attended, layer.output, layer.output_bias)
     gated = ops.norm_gated_linear(x, layer.post_norm, layer.gate_up, eps=eps)
     ops.add_linear(x, gated, layer.down)
+
+
+def one_by_one(
+    ops: Ops,
+    x: Tensor,
+    attended: Tensor,
+    layer: DecoderLayer,
+    following: DecoderLayer,
+    eps: float,
+) -> Tensor:
+    """Ops.to_next_layer of a backend that fuses nothing of it."""
+    end_layer(ops, x, attended, layer, eps)
+    return ops.norm_linear(x, following.input_norm, following.qkv, following.qkv_bias, eps=eps)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from zllm.runtime.kv_cache import KVCache
-from zllm.runtime.ops import Batch, Decoder, DecoderLayer, end_layer
+from zllm.runtime.ops import Batch, Decoder, DecoderLayer, one_by_one
 from zllm.runtime.torch_attention import AttentionWork, attend, write_kv
 
 _LARGE = 2**19
@@ -55,8 +55,7 @@ class TorchOps:
     def to_next_layer(
         self, x: Tensor, attended: Tensor, layer: DecoderLayer, following: DecoderLayer, eps: float
     ) -> Tensor:
-        end_layer(self, x, attended, layer, eps)
-        return self.norm_linear(x, following.input_norm, following.qkv, following.qkv_bias, eps=eps)
+        return one_by_one(self, x, attended, layer, following, eps)
 
     def rope_and_cache(
         self,
