@@ -1,10 +1,9 @@
 """Paged attention of a mixed batch: planned once a step, launched once a layer.
 
 A step's rows have one query token (decode) or several (prefill chunks, with or without tokens in
-the cache already). `plan` says what a step is, and `run` attends one layer; the first layer to run
-makes the step's work lists, on the device, so that nothing in a CUDA graph depends on lengths. The
-step's own keys and values stand in the cache before `run`, in the order of
-cuda/include/kv_layout.cuh.
+the cache already). `plan` says what a step is, `make_lists` makes its work lists, on the device,
+so that nothing in a CUDA graph depends on lengths, and `run` attends one layer. The step's own keys
+and values stand in the cache before `run`, in the order of cuda/include/kv_layout.cuh.
 """
 
 from __future__ import annotations
@@ -142,8 +141,12 @@ class PagedAttention:
         max_tiles = 0 if decode_only else self._tile_limit(rows.numel(), num_tokens, split)
         return AttentionWork(rows, q_start, kv_len, num_tokens, max_tiles, split)
 
-    def _make_lists(self, work: AttentionWork) -> None:
-        """Overwrites those of another step."""
+    def make_lists(self, work: AttentionWork) -> None:
+        """Make a step's lists, over those of another; the first `run` does it where nobody has.
+
+        What is launched behind it starts when it has ended, and so may read what was written before
+        it without waiting for its own predecessor (`lets_read_early`).
+        """
         self._planned = work
         if self.spec.dtype == torch.float32:
             return
@@ -171,6 +174,10 @@ class PagedAttention:
             pdl=self._pdl,
         )
 
+    def lets_read_early(self, work: AttentionWork) -> bool:
+        """Whether what is launched now starts after the step's lists were made."""
+        return work is self._planned and self.spec.dtype != torch.float32
+
     def run(
         self,
         q: Tensor,
@@ -191,7 +198,7 @@ class PagedAttention:
         what a float8 cache's entries are multiplied by. Tokens of no row are left as they are.
         """
         if work is not self._planned:
-            self._make_lists(work)
+            self.make_lists(work)
         spec, device = self.spec, self._shares.device
         _check("q", q, spec.dtype, (work.num_tokens, spec.num_heads, spec.head_dim), device)
         if out is None:

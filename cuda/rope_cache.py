@@ -60,6 +60,7 @@ def rope_cache(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
     eps: float = 1e-6,
+    early: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
     """[P, (Hq + 2 Hkv) * D] -> q [P, Hq, D]; keys and values [blocks, Hkv, 16, D] get the rest.
@@ -67,7 +68,8 @@ def rope_cache(
     positions, slots: int32 [P]. cos_sin: float32 [max_len, D], D/2 cosines then D/2 sines.
     q_norm, k_norm: [D] or both None. k_scale, v_scale: float32 [1] on the device, what is stored
     is divided by them; None is 1. The cache's blocks may lie at any stride; its dtype is the
-    model's or a narrower one. The order inside a block is that of `permute_cache`.
+    model's or a narrower one. The order inside a block is that of `permute_cache`. early: positions
+    and slots were written before `PagedAttention.make_lists` was called, and are not waited for.
     """
     device = kernels.device
     tokens = qkv.shape[0]
@@ -126,6 +128,7 @@ def rope_cache(
             v_scale,
             Int64(keys.stride(0)),
             eps,
+            int(early),
         ),
         pdl=kernels.pdl,
     )

@@ -30,6 +30,13 @@ class CudaOps:
         self._one = torch.ones(1, dtype=torch.float32, device=self.device)
 
     def decode(self, decoder: Decoder, batch: Batch, cache: KVCache) -> Tensor | None:
+        hidden = self._decode(decoder, batch, cache)
+        if hidden is None:
+            # Before the first layer, so that all layers may read the batch early.
+            self._attention.make_lists(batch.work)
+        return hidden
+
+    def _decode(self, decoder: Decoder, batch: Batch, cache: KVCache) -> Tensor | None:
         if batch.tokens.shape[0] > MAX_ROWS or batch.work.max_tiles:
             return None  # too many tokens for any, or rows of several tokens
         # A cache is known by its place: the weights stay where they are.
@@ -149,6 +156,7 @@ class CudaOps:
             k_scale=scale,
             v_scale=scale,
             eps=eps,
+            early=self._attention.lets_read_early(batch.work),
         )
 
     def attention(

@@ -19,6 +19,7 @@ constexpr int ceil_pow2(int x) { return x <= 1 ? 1 : 2 * ceil_pow2((x + 1) / 2);
 constexpr int kLanes = ceil_pow2(kHalfVecs);
 constexpr int kAllHeads = HEADS + 2 * KV_HEADS;
 constexpr int kGroups = THREADS / kLanes;
+constexpr bool kOneRound = kGroups >= kAllHeads;
 
 static_assert(HEAD_DIM % (2 * kVec) == 0, "HEAD_DIM must be a multiple of two vectors");
 static_assert(kLanes <= 32, "a head must fit in a warp");
@@ -43,30 +44,56 @@ __device__ __forceinline__ void store_cache(char* run, int row, int element, con
   *reinterpret_cast<Piece*>(run + at) = piece;
 }
 
+// Loads that stay on the side of wait_for_previous() on which they stand: what is const __restrict__
+// may be read before.
+__device__ __forceinline__ int load_here(const int* from) {
+  int x;
+  asm volatile("ld.global.b32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
+  return x;
+}
+__device__ __forceinline__ uint4 load_here(const void* from) {
+  uint4 x;
+  asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "l"(from)
+               : "memory");
+  return x;
+}
+
 // Grid: tokens. qkv [P, kAllHeads, D]; q_out [P, HEADS, D]; cos_sin [max_len, D]; keys and values
 // [blocks, KV_HEADS, 16, D] with `block_stride` elements from block to block. Scales (one float
-// each, or null for 1) divide what is stored.
+// each, or null for 1) divide what is stored. `early`: positions and slots were written before this
+// kernel could start, so that only qkv is waited for.
 extern "C" __global__ void __launch_bounds__(THREADS)
 rope_cache(SCALAR* __restrict__ q_out, CACHE* keys, CACHE* values, const SCALAR* __restrict__ qkv,
            const int* __restrict__ positions, const int* __restrict__ slots,
            const float* __restrict__ cos_sin, const SCALAR* __restrict__ q_norm,
            const SCALAR* __restrict__ k_norm, const float* k_scale, const float* v_scale,
-           i64 block_stride, float eps) {
+           i64 block_stride, float eps, int early) {
   let_next_start();
-  wait_for_previous();
+  if (!early) wait_for_previous();
   const int token = blockIdx.x;
   const int lane = threadIdx.x % kLanes;
   const bool active = lane < kHalfVecs;
-  const int position = positions[token], slot = slots[token];
+  const int position = load_here(positions + token), slot = load_here(slots + token);
   float cosine[kVec], sine[kVec];
   if (active) {
     const float* p = cos_sin + size_t(position) * HEAD_DIM + lane * kVec;
 #pragma unroll
     for (int j = 0; j < kVec; j += 4) {
-      *reinterpret_cast<float4*>(cosine + j) = *reinterpret_cast<const float4*>(p + j);
-      *reinterpret_cast<float4*>(sine + j) = *reinterpret_cast<const float4*>(p + HEAD_DIM / 2 + j);
+      *reinterpret_cast<uint4*>(cosine + j) = load_here(p + j);
+      *reinterpret_cast<uint4*>(sine + j) = load_here(p + HEAD_DIM / 2 + j);
     }
   }
+  Vec<SCALAR> low_gains, high_gains;
+  const auto load_gains = [&](int head) {
+    if (!QK_NORM || !active || head >= HEADS + KV_HEADS) return;
+    const SCALAR* const gains = (head < HEADS ? q_norm : k_norm) + lane * kVec;
+    low_gains = load_vec(gains);
+    high_gains = load_vec(gains + HEAD_DIM / 2);
+  };
+  if (kOneRound) load_gains(threadIdx.x / kLanes);
+  wait_for_previous();
   const int row = slot % kv_layout::kBlockTokens;
   const i64 block = i64(slot / kv_layout::kBlockTokens) * block_stride;
 
@@ -96,12 +123,11 @@ rope_cache(SCALAR* __restrict__ q_out, CACHE* keys, CACHE* values, const SCALAR*
     if (!is_value) {
       if (QK_NORM) {
         const float factor = rsqrtf(squares / HEAD_DIM + eps);
-        const SCALAR* weight = (is_query ? q_norm : k_norm) + lane * kVec;
-        const Vec<SCALAR> a = load_vec(weight), b = load_vec(weight + HEAD_DIM / 2);
+        if (!kOneRound) load_gains(head);
 #pragma unroll
         for (int j = 0; j < kVec; ++j) {
-          low[j] *= factor * a[j];
-          high[j] *= factor * b[j];
+          low[j] *= factor * low_gains[j];
+          high[j] *= factor * high_gains[j];
         }
       }
 #pragma unroll

@@ -55,8 +55,10 @@ CASES = [
 @pytest.mark.parametrize(
     ("tokens", "heads", "kv_heads", "head_dim", "dtype", "cache_dtype", "normed"), CASES
 )
+@pytest.mark.parametrize("early", [False, True])
 def test_rope_cache(
     kernels: KernelLibrary,
+    early: bool,
     tokens: int,
     heads: int,
     kv_heads: int,
@@ -97,6 +99,7 @@ def test_rope_cache(
         k_scale=k_scale,
         v_scale=v_scale,
         eps=eps,
+        early=early,
         out=poisoned(tokens, heads, head_dim, dtype=dtype),
     )
     split = qkv.double().view(tokens, -1, head_dim).split([heads, kv_heads, kv_heads], dim=1)
