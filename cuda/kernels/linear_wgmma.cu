@@ -11,8 +11,9 @@
 // that is done with: rounded where a block has all of a sum, else CHUNK columns of partial ones at
 // a time.
 //
-// A tile's rows behind the x_rows that exist are whatever lies there: nobody looks at their sums.
-// (To have the copy engine fill them with zeros took up to 15% longer.)
+// Nobody looks at the sums of a tile's rows behind the x_rows that exist. Tall tiles have zeros there,
+// once for all steps: they cost less power, which is what limits then. (To have the copy engine bring
+// them took up to 15% longer.)
 //
 // Macros: SCALAR; WARPGROUPS, TILES (of 64 rows of x) for each of them; COLUMNS (rows of W in a
 // tile), CHUNK (a part of them), STAGES (of 64 k), SPLIT, BLOCKS (on a multiprocessor); ADD and
@@ -108,9 +109,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     for (int s = 0; s < first; ++s) copy_w(s, s);
   }
   __syncwarp();
+  if constexpr (ROWS >= 128) {
+    for (int s = 0; s < STAGES; ++s)
+      for (int at = x_rows * ROW_BYTES + threadIdx.x * 16; at < X_BYTES; at += THREADS * 16)
+        *reinterpret_cast<uint4*>(shared + s * STAGE + at) = uint4{};
+    fence_async_proxy();
+    __syncthreads();
+  }
   if constexpr (SPLIT > 1)
     sync_cluster_relaxed();
-  else
+  else if constexpr (ROWS < 128)
     __syncthreads();
   let_next_start();
   wait_for_previous();
