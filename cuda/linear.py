@@ -106,7 +106,7 @@ class SkinnyLinear:
             self._launch_tiled(plan, x, weight, out, residual=residual, gated=gated)
             return out
         macros = _macros(plan, x.dtype, norm is not None, residual is not None, gated)
-        blocks = min(n, self._library.num_sms // plan.cluster) * plan.cluster
+        blocks = min(n, self._library.num_sms)
         self._library.get(*_SKINNY, macros).launch(
             (blocks, 1, 1),
             (plan.threads, 1, 1),

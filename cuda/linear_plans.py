@@ -30,7 +30,6 @@ class Skinny:
     warps_k: int
     slabs: int
     stages: int
-    cluster: int = 1
 
     @property
     def threads(self) -> int:
@@ -57,7 +56,6 @@ class Skinny:
             "WARPS_K": self.warps_k,
             "SLABS": self.slabs,
             "STAGES": self.stages,
-            "CLUSTER": self.cluster,
         }
 
 

@@ -1,7 +1,7 @@
 // y = x W^T for few rows of x: what a decode step does, bound by reading W once.
 //
-// Each cluster owns an equal run of W's rows (to one row), so every multiprocessor has the same
-// bytes to read whatever N is. A block takes them in tiles of at most ROWS; its WARPS_K groups of
+// Each block owns an equal run of W's rows (to one row), so every multiprocessor has the same
+// bytes to read whatever N is. It takes them in tiles of at most ROWS; its WARPS_K groups of
 // warps take turns at pieces of k, each with its own ring of asynchronous copies, so that with
 // WARPS_N = 1 nothing but the end of a tile makes warps wait for each other. W's rows fill the
 // M side of the matrix instruction and x's rows its N side: one instruction serves 8 rows of x.
@@ -11,8 +11,8 @@
 // The first stages of W are asked for before the kernel before this one has ended.
 //
 // Macros: SCALAR; MTILES (of 16 rows of W a warp), NTILES (of 8 rows of x), WARPS_N, WARPS_K;
-// SLABS (of 32 k) a stage, STAGES; CLUSTER (blocks that share the k of a tile); and what is fused:
-// NORM (RMSNorm of x before), ADD (a residual after), GATED (silu(gate) * up after).
+// SLABS (of 32 k) a stage, STAGES; and what is fused: NORM (RMSNorm of x before), ADD (a residual
+// after), GATED (silu(gate) * up after).
 #include "linear_finish.cuh"
 
 namespace {
@@ -36,36 +36,31 @@ constexpr int SUMS = MTILES * NTILES <= 2 ? 2 : 1;
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
-#if CLUSTER > 1
-    __cluster_dims__(CLUSTER, 1, 1)
-#endif
-        linear_skinny(const SCALAR* x, const SCALAR* w, SCALAR* out, const SCALAR* residual,
-                      const SCALAR* norm, float eps, int m, int n, int k) {
+    linear_skinny(const SCALAR* x, const SCALAR* w, SCALAR* out, const SCALAR* residual,
+                  const SCALAR* norm, float eps, int m, int n, int k) {
   extern __shared__ __align__(128) unsigned char shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int group = warp / WARPS_N, row_block = warp % WARPS_N;
   const int g = lane / 4, t = lane % 4;
   const int piece = (threadIdx.x % GROUP) % PIECES, row0 = (threadIdx.x % GROUP) / PIECES;
-  const u32 rank = CLUSTER > 1 ? cluster_rank() : 0;
 
   const u32 ring = shared_address(shared) + group * STAGES * STAGE;
   float* const partials = reinterpret_cast<float*>(shared + WARPS_K * STAGES * STAGE);
   float* const squares = partials + WARPS_K * PARTIALS;
 
-  const Tile share = share_of(n, gridDim.x / CLUSTER, blockIdx.x / CLUSTER);
+  const Tile share = share_of(n, gridDim.x, blockIdx.x);
   constexpr int most = GATED ? ROWS / 2 : ROWS;
   const int tiles = (share.count + most - 1) / most;
   const int each = share.count / tiles, longer = share.count % tiles;
   const auto tile_at = [&](int i) {
     return Tile{share.first + i * each + min(i, longer), each + (i < longer)};
   };
-  const int worker = rank * WARPS_K + group;
-  const int steps = (k + DEPTH * WARPS_K * CLUSTER - 1) / (DEPTH * WARPS_K * CLUSTER);
+  const int steps = (k + DEPTH * WARPS_K - 1) / (DEPTH * WARPS_K);
   const u32 into = (piece / 4) * W_SLAB + row0 * 64 + (piece % 4) * 16;
   const u32 into_x = SLABS * W_SLAB + (piece / 4) * X_SLAB + row0 * 64 + (piece % 4) * 16;
 
   const auto copy_w = [&](int slot, Tile tile, int step) {
-    const int column = (step * WARPS_K * CLUSTER + worker) * DEPTH + piece * 8;
+    const int column = (step * WARPS_K + group) * DEPTH + piece * 8;
     const bool valid = column < k;
     const SCALAR* const from = w + (valid ? column : 0);
 #pragma unroll
@@ -77,7 +72,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     }
   };
   const auto copy_x = [&](int slot, int step) {
-    const int column = (step * WARPS_K * CLUSTER + worker) * DEPTH + piece * 8;
+    const int column = (step * WARPS_K + group) * DEPTH + piece * 8;
     const bool valid = column < k;
     const SCALAR* const from = x + (valid ? column : 0);
 #pragma unroll
@@ -174,7 +169,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
         if (row_block == 0 && t == 0) squares[group * COLS + b * 8 + g] = square[b];
       }
     }
-    finish_tile<ROWS, COLS, WARPS_K, CLUSTER, WARPS, NORM, ADD, GATED>(
-        Epilogue<SCALAR>{out, residual, eps, m, n, k}, tile_at(i), partials, squares, rank);
+    finish_tile<ROWS, COLS, WARPS_K, 1, WARPS, NORM, ADD, GATED>(
+        Epilogue<SCALAR>{out, residual, eps, m, n, k}, tile_at(i), partials, squares, 0);
   }
 }
