@@ -1,6 +1,6 @@
 """Each kernel's time, and its share of what the device can do, measured in the same run.
 
-    python benchmarks/kernels.py [--only NAME] [--json FILE]
+    python benchmarks/kernels.py [--only NAME ...] [--json FILE]
 
 A case's calls work on different tensors, together larger than the L2 where bandwidth is the
 limit, and make one CUDA graph; the median replay counts. Bandwidth counts bytes read plus
@@ -253,7 +253,9 @@ def step_cases(kernels: KernelLibrary) -> Iterator[Case]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="cases whose name holds this")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help="cases whose names hold one of these"
+    )
     parser.add_argument("--json", help="write the results here")
     arguments = parser.parse_args()
     kernels = KernelLibrary()
@@ -263,7 +265,7 @@ def main() -> None:
     results = []
     for source in (rows_cases, cache_cases, step_cases):
         for case in source(kernels):
-            if arguments.only not in case.name:
+            if not any(part in case.name for part in arguments.only):
                 continue
             r = measure(case, copy)
             results.append(r)

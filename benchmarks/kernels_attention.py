@@ -1,6 +1,6 @@
 """Times paged attention on a GPU, against the device's copy bandwidth and product rate.
 
-    python benchmarks/kernels_attention.py [--json FILE] [--only NAME] [--full-pool]
+    python benchmarks/kernels_attention.py [--json FILE] [--only NAME ...] [--full-pool]
 
 A decode's ceiling is the bytes of KV it must read at the rate of a device-to-device copy (bytes
 read plus written), a prefill's the operations under the causal mask at the rate of an 8192^3
@@ -248,7 +248,9 @@ def measure_layouts(library: KernelLibrary, report: Report) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", help="write the report here")
-    parser.add_argument("--only", default="", help="shapes whose name holds this")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help="shapes whose names hold one of these"
+    )
     parser.add_argument("--full-pool", action="store_true", help="compare the cache layouts")
     parser.add_argument("--portable", action="store_true", help="also the path of sm_80")
     arguments = parser.parse_args()
@@ -266,7 +268,7 @@ def main() -> None:
     )
     library = KernelLibrary()
     for shape in DECODES + PREFILLS:
-        if arguments.only in shape.name:
+        if any(part in shape.name for part in arguments.only):
             show(report, measure(library, report, shape))
             if arguments.portable:
                 show(report, measure(library, report, shape, portable=True))
