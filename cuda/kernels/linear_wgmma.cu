@@ -11,9 +11,9 @@
 // that is done with: rounded where a block has all of a sum, else CHUNK columns of partial ones at
 // a time.
 //
-// Nobody looks at the sums of a tile's rows behind the x_rows that exist. Tall tiles have zeros there,
-// once for all steps: they cost less power, which is what limits then. (To have the copy engine bring
-// them took up to 15% longer.)
+// Nobody looks at the sums of a tile's rows behind the x_rows that exist. Tall tiles have zeros
+// there, once for all steps: they cost less power, which is what limits then. (To have the copy
+// engine bring them took up to 15% longer.)
 //
 // Macros: SCALAR; WARPGROUPS, TILES (of 64 rows of x) for each of them; COLUMNS (rows of W in a
 // tile), CHUNK (a part of them), STAGES (of 64 k), SPLIT, BLOCKS (on a multiprocessor); ADD and

@@ -44,9 +44,9 @@ __device__ __forceinline__ void store_cache(char* run, int row, int element, con
   *reinterpret_cast<Piece*>(run + at) = piece;
 }
 
-// Loads that stay on the side of wait_for_previous() on which they stand: what is const __restrict__
-// may be read before. Integers, which every step writes anew, are read past L1, as it may hold an
-// earlier step's.
+// Loads that stay on the side of wait_for_previous() on which they stand: what is const
+// __restrict__ may be read before. Integers, which every step writes anew, are read past L1, as it
+// may hold an earlier step's.
 __device__ __forceinline__ int load_here(const int* from) {
   int x;
   asm volatile("ld.global.cg.b32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
