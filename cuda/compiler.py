@@ -208,12 +208,15 @@ class Compiler:
         self._check(status, f"{name}: no program")
         try:
             (status,) = nvrtc.nvrtcCompileProgram(program, len(arguments), arguments)
+            _, size = nvrtc.nvrtcGetProgramLogSize(program)
+            log = bytearray(size)
+            nvrtc.nvrtcGetProgramLog(program, log)
+            message = log.strip(b"\0\n ").decode(errors="replace")
             if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-                _, size = nvrtc.nvrtcGetProgramLogSize(program)
-                log = bytearray(size)
-                nvrtc.nvrtcGetProgramLog(program, log)
-                message = log.rstrip(b"\0\n").decode(errors="replace")
                 raise KernelError(f"{name} does not compile for {self.arch}:\n{message}")
+            if message:
+                # Such as products of wgmma that have to wait for one another: slow, and yet right.
+                _log.warning("%s for %s: %s", name, self.arch, message)
             status, size = nvrtc.nvrtcGetCUBINSize(program)
             self._check(status, f"{name}: no cubin")
             cubin = bytearray(size)

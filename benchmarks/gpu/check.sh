@@ -27,12 +27,14 @@ fi
 sanitize() {
   timeout 240 compute-sanitizer --tool "$1" --report-api-errors no --target-processes all \
     "${gpu_tests[@]}" tests/cuda -k small >"$out/$1.txt" 2>&1
+  say "$1: $(tail -1 "$out/$1.txt")"
 }
 # Most of the tests' time is compiling, each in its turn: so several processes, one for each group.
 groups=("attention decoder" "linear linear_gated" cuda_engine)
 run_group() {
   local files=("${@/#/tests/cuda/test_}")
   "${gpu_tests[@]}" "${files[@]/%/.py}" >"$out/tests-$1.txt" 2>&1
+  say "tests of $*: $(tail -1 "$out/tests-$1.txt")"
 }
 others() {
   for file in tests/cuda/test_*.py; do

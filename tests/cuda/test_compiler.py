@@ -91,6 +91,15 @@ def test_macros_headers_and_architecture_each_make_another_cubin(
     assert len(set(cubins)) == 4
 
 
+def test_what_nvrtc_says_of_a_program_that_compiles_is_logged(
+    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (root / "include/value.cuh").write_text("#define VALUE 1\n#warning not this way\n")
+    Compiler("sm_80", tmp_path / "cache", root).compile("fill.cu", {"EXTRA": 2})
+    assert "fill.cu for sm_80" in caplog.text
+    assert "not this way" in caplog.text
+
+
 def test_a_damaged_file_is_compiled_again(root: Path, tmp_path: Path) -> None:
     made = Compiler("sm_80", tmp_path / "cache", root)
     cubin = made.compile("fill.cu", {"EXTRA": 2})
