@@ -119,7 +119,7 @@ class PagedAttention:
         num_tokens: int,
         decode_only: bool = False,
     ) -> AttentionWork:
-        """What `run` needs to know of a step; nothing is launched before it.
+        """What `make_lists` and `run` need to know of a step; nothing is launched yet.
 
         rows, kv_len: int32 [R]; q_start: int32 [R + 1]; see runtime.ops.Batch. num_tokens: of the
         step, padding included. decode_only: no row has more than one token, so that `run` leaves
