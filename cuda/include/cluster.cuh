@@ -38,18 +38,6 @@ __device__ __forceinline__ float4 load_cluster(u32 address, u32 rank) {
 #endif
   return v;
 }
-__device__ __forceinline__ float load_cluster_float(u32 address, u32 rank) {
-  float v = 0.f;
-#if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "{\n.reg .u32 there;\nmapa.shared::cluster.u32 there, %1, %2;\n"
-      "ld.shared::cluster.f32 %0, [there];\n}"
-      : "=f"(v)
-      : "r"(address), "r"(rank)
-      : "memory");
-#endif
-  return v;
-}
 // Arrives at the barrier of the same address in the cluster's thread block `rank`.
 __device__ __forceinline__ void barrier_arrive_at(u32 barrier, u32 rank) {
 #if __CUDA_ARCH__ >= 900

@@ -48,6 +48,7 @@ template <int Rows, int Cols, int Groups, int Split, int Warps, bool Norm, bool 
           typename T>
 __device__ __forceinline__ void finish_tile(const Epilogue<T>& to, Tile tile, const float* partials,
                                             const float* squares, u32 rank) {
+  static_assert(!Norm || Split == 1, "squares are of one block");
   constexpr int pitch = Rows + 4;
   constexpr int threads = Split * 32 * Warps;
   constexpr int most = (Cols * (Gated ? Rows / 2 : Rows) / 4 + threads - 1) / threads;
@@ -100,12 +101,7 @@ __device__ __forceinline__ void finish_tile(const Epilogue<T>& to, Tile tile, co
     if constexpr (Norm) {
       float sum = 0.f;
 #pragma unroll
-      for (int q = 0; q < Split; ++q)
-#pragma unroll
-        for (int p = 0; p < Groups; ++p) {
-          const float* const from = squares + p * Cols + row;
-          sum += Split > 1 ? load_cluster_float(shared_address(from), q) : *from;
-        }
+      for (int p = 0; p < Groups; ++p) sum += squares[p * Cols + row];
       scale = rsqrtf(sum / to.k + to.eps);
     }
     const float4 sums = total(at);

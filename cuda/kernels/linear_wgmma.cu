@@ -114,12 +114,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       for (int at = x_rows * ROW_BYTES + threadIdx.x * 16; at < X_BYTES; at += THREADS * 16)
         *reinterpret_cast<uint4*>(shared + s * STAGE + at) = uint4{};
     fence_async_proxy();
-    __syncthreads();
   }
-  if constexpr (SPLIT > 1)
-    sync_cluster_relaxed();
-  else if constexpr (ROWS < 128)
-    __syncthreads();
+  // The cluster's barrier says nothing of what was written.
+  if constexpr (SPLIT == 1 || ROWS >= 128) __syncthreads();
+  if constexpr (SPLIT > 1) sync_cluster_relaxed();
   let_next_start();
   wait_for_previous();
 
