@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 SHARED_BYTES = 113 * 1024
 """What lets a block share its multiprocessor with one of the kernel that follows (228 KiB)."""
 MOST_SHARED_BYTES = 220 * 1024
-TILE_ROWS = (64, 128, 192, 256)
+TILE_ROWS = (64, 96, *range(128, 225, 16), 256)
 """Rows of x that linear_wgmma.cu is compiled for."""
 UNIT = 8
 """Rows in which linear_wgmma.cu divides: one pattern of its shared memory's swizzle."""
@@ -66,16 +66,38 @@ class Tiled:
     DEPTH = 64
 
     rows: int
-    """Of x in a tile: a multiple of 64."""
+    """Of x in a tile: a multiple of 64, swapped of 16."""
     columns: int
-    """Rows of W in a tile: a multiple of 8, gated of 16."""
+    """Rows of W in a tile: a multiple of 8, gated of 16, swapped of 64."""
     split: int
     """Blocks of a cluster, which divide k."""
     blocks_per_sm: int
+    swapped: bool = False
+    """Whether W is the M side of wgmma, and not x."""
+
+    @property
+    def _sides(self) -> tuple[int, int]:
+        """Rows of the M side and of the N side."""
+        return (self.columns, self.rows) if self.swapped else (self.rows, self.columns)
 
     @property
     def _warpgroups(self) -> int:
-        return 2 if self.rows == 256 else self.rows // 64
+        long = self._sides[0]
+        return 2 if long == 256 else long // 64
+
+    @property
+    def _pieces(self) -> int:
+        """Of the N side: a product's sums must be fewer than the registers that a thread starts
+        with."""
+        return 2 if self._warpgroups > 2 and self._sides[1] > 200 else 1
+
+    def cycles(self, m: int) -> float:
+        """Of a block, for 16 of all k and m rows of x: what its tile moves through shared memory,
+        128 bytes a cycle, or how long the tensor cores take (decision 073)."""
+        long, short = self._sides
+        read = long / 64 * (16 * self._pieces + short / 4)
+        moved = (self.x_rows(m) + self.columns) / 4 + read
+        return max(moved, long / 64 * short / 2) / self.split
 
     @property
     def threads(self) -> int:
@@ -104,7 +126,7 @@ class Tiled:
     def chunk(self) -> int:
         """The columns whose partial sums fit the ring at once."""
         ring = self.stages * self._stage_bytes
-        unit = 2 * UNIT if self.columns % (2 * UNIT) == 0 else UNIT
+        unit = 64 if self.swapped else 2 * UNIT if self.columns % (2 * UNIT) == 0 else UNIT
         parts = 1
         while self.columns % (unit * parts) or 4 * self.rows * (self.columns // parts + 4) > ring:
             parts += 1
@@ -118,10 +140,13 @@ class Tiled:
         return _ceil(n, self.columns) * self.split, _ceil(m, self.rows), 1
 
     def macros(self) -> dict[str, int]:
+        long, short = self._sides
         return {
+            "SWAPPED": int(self.swapped),
             "WARPGROUPS": self._warpgroups,
-            "TILES": self.rows // (64 * self._warpgroups),
-            "COLUMNS": self.columns,
+            "TILES": long // (64 * self._warpgroups),
+            "SHORT": short,
+            "PIECES": self._pieces,
             "CHUNK": self.chunk,
             "STAGES": self.stages,
             "SPLIT": self.split,
@@ -155,7 +180,8 @@ def tiled_plan(
     unit = 2 * UNIT if gated else UNIT
     light = m <= 64 and n * k <= _LIGHT  # so start early instead
     blocks = {1: num_sms, 2: num_sms // 2, 4: num_sms // 8 * 2 if light else clusters_of_4}
-    rows, high = next(size for size in TILE_ROWS if m <= size), 1
+    size = next(size for size in TILE_ROWS if m <= size)
+    rows, high = _ceil(size, 64) * 64, 1
 
     def columns(split: int) -> int:
         return _ceil(_ceil(n, unit), max(blocks[split] // high, 1)) * unit
@@ -167,8 +193,22 @@ def tiled_plan(
     while columns(split) < enough and split < most and k >= 2048:
         split *= 2
     wide = columns(split)
-    # A head: tile after tile.
-    return Tiled(rows, wide if wide <= _MOST_COLUMNS else 128, split, 2 if light else 1)
+    if wide > _MOST_COLUMNS:  # a head: tile after tile
+        return Tiled(rows, 128, split, 2 if light else 1)
+    plan = Tiled(rows, wide, split, 2 if light else 1)
+    swapped = _swapped_plan(size, n, k, blocks)
+    return swapped if swapped and swapped.cycles(size) < plan.cycles(size) else plan
+
+
+def _swapped_plan(size: int, n: int, k: int, blocks: dict[int, int]) -> Tiled | None:
+    """For `size` rows of x, as few of W in a tile as keep all blocks at work at once. None where
+    it was not faster in a chain, whatever the count of cycles."""
+    tiles = _ceil(n, 64)
+    split = 2 if tiles <= blocks[2] and k >= 2048 else 1
+    plan = Tiled(size, _ceil(tiles, blocks[split]) * 64, split, 1, swapped=True)
+    most_sums = 224 if plan.columns > 128 else 256  # of a column, in registers
+    faster = size > 128 or (64 < size < 128 and split == 1)
+    return plan if faster and size <= most_sums and plan.columns <= 192 else None
 
 
 def faster_than_cublas(m: int, n: int, k: int, num_sms: int, hopper: bool) -> bool:

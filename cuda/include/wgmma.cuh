@@ -1,5 +1,5 @@
 // The warpgroup matrix instruction of sm_90a: 64 rows of A, from shared memory or registers, times 8
-// to 192 columns of B from shared memory (PTX ISA, "wgmma.mma_async").
+// to 256 columns of B from shared memory (PTX ISA, "wgmma.mma_async").
 //
 // Accumulators, as of mma.sync: lane (g, t) of warp w holds, for every 8 columns, rows 16 w + g
 // (columns 2t, 2t+1) and 16 w + g + 8. A in registers is laid out as mma.sync's A.
@@ -64,6 +64,14 @@ template <int Registers> __device__ __forceinline__ void take_registers() {
 #define WGMMA_LIST_88 WGMMA_LIST_84 ", %84, %85, %86, %87"
 #define WGMMA_LIST_92 WGMMA_LIST_88 ", %88, %89, %90, %91"
 #define WGMMA_LIST_96 WGMMA_LIST_92 ", %92, %93, %94, %95"
+#define WGMMA_LIST_100 WGMMA_LIST_96 ", %96, %97, %98, %99"
+#define WGMMA_LIST_104 WGMMA_LIST_100 ", %100, %101, %102, %103"
+#define WGMMA_LIST_108 WGMMA_LIST_104 ", %104, %105, %106, %107"
+#define WGMMA_LIST_112 WGMMA_LIST_108 ", %108, %109, %110, %111"
+#define WGMMA_LIST_116 WGMMA_LIST_112 ", %112, %113, %114, %115"
+#define WGMMA_LIST_120 WGMMA_LIST_116 ", %116, %117, %118, %119"
+#define WGMMA_LIST_124 WGMMA_LIST_120 ", %120, %121, %122, %123"
+#define WGMMA_LIST_128 WGMMA_LIST_124 ", %124, %125, %126, %127"
 #define WGMMA_NEXT(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define WGMMA_SUMS_4 WGMMA_NEXT(0)
 #define WGMMA_SUMS_8 WGMMA_SUMS_4, WGMMA_NEXT(4)
@@ -89,6 +97,14 @@ template <int Registers> __device__ __forceinline__ void take_registers() {
 #define WGMMA_SUMS_88 WGMMA_SUMS_84, WGMMA_NEXT(84)
 #define WGMMA_SUMS_92 WGMMA_SUMS_88, WGMMA_NEXT(88)
 #define WGMMA_SUMS_96 WGMMA_SUMS_92, WGMMA_NEXT(92)
+#define WGMMA_SUMS_100 WGMMA_SUMS_96, WGMMA_NEXT(96)
+#define WGMMA_SUMS_104 WGMMA_SUMS_100, WGMMA_NEXT(100)
+#define WGMMA_SUMS_108 WGMMA_SUMS_104, WGMMA_NEXT(104)
+#define WGMMA_SUMS_112 WGMMA_SUMS_108, WGMMA_NEXT(108)
+#define WGMMA_SUMS_116 WGMMA_SUMS_112, WGMMA_NEXT(112)
+#define WGMMA_SUMS_120 WGMMA_SUMS_116, WGMMA_NEXT(116)
+#define WGMMA_SUMS_124 WGMMA_SUMS_120, WGMMA_NEXT(120)
+#define WGMMA_SUMS_128 WGMMA_SUMS_124, WGMMA_NEXT(124)
 
 // d (+)= a b^T, both K-major in shared memory; `add` false: d is overwritten.
 #define WGMMA_SHARED(count, columns, a_place, b_place, add_place)                                    \
@@ -131,6 +147,14 @@ WGMMA_SHARED(84, 168, "%84", "%85", "%86")
 WGMMA_SHARED(88, 176, "%88", "%89", "%90")
 WGMMA_SHARED(92, 184, "%92", "%93", "%94")
 WGMMA_SHARED(96, 192, "%96", "%97", "%98")
+WGMMA_SHARED(100, 200, "%100", "%101", "%102")
+WGMMA_SHARED(104, 208, "%104", "%105", "%106")
+WGMMA_SHARED(108, 216, "%108", "%109", "%110")
+WGMMA_SHARED(112, 224, "%112", "%113", "%114")
+WGMMA_SHARED(116, 232, "%116", "%117", "%118")
+WGMMA_SHARED(120, 240, "%120", "%121", "%122")
+WGMMA_SHARED(124, 248, "%124", "%125", "%126")
+WGMMA_SHARED(128, 256, "%128", "%129", "%130")
 
 // d += a b, a in registers, b MN-major in shared memory.
 #define WGMMA_REGISTERS(count, columns, a_places, b_place)                                           \

@@ -1,10 +1,11 @@
 // y = x W^T for up to 256 rows of x on Hopper, with wgmma: x is its M side, in tiles of 64 to 256
-// rows, and W its N side, as wide as an even share of it.
+// rows, and W its N side, as wide as an even share of it; SWAPPED, W is the M side, in tiles of 64
+// to 192 rows, and x the N side, no wider than it need be.
 //
 // What limits is what goes through shared memory: a tile's rows and columns come in once, and each
-// 64 rows of x read the columns again. So tiles are about as high as they are wide, and where W is
-// too short for that the SPLIT blocks of a cluster divide K and add their sums through each other's
-// shared memory, in a fixed order.
+// 64 rows of the M side read the N side again. So tiles are about as high as they are wide, and
+// where W is too short for that the SPLIT blocks of a cluster divide K and add their sums through
+// each other's shared memory, in a fixed order.
 //
 // One thread asks the tensor copy engine for what the warpgroups then multiply, STAGES ahead; the
 // first stages of W before the kernel before this one has ended. Sums leave through the ring, when
@@ -15,10 +16,11 @@
 // there, once for all steps: they cost less power, which is what limits then. (To have the copy
 // engine bring them took up to 15% longer.)
 //
-// Macros: SCALAR; WARPGROUPS, TILES (of 64 rows of x) for each of them; COLUMNS (rows of W in a
-// tile), CHUNK (a part of them), STAGES (of 64 k), SPLIT, BLOCKS (on a multiprocessor); ADD and
-// GATED as in linear_skinny.cu; of linear_norm.cuh, SCALED (with ADD: what the next norm needs is
-// left beside the residual) and NORM (x is what such a product left).
+// Macros: SCALAR; SWAPPED; WARPGROUPS, TILES (of 64 rows of the M side) for each of them; SHORT
+// (rows of the N side), PIECES (in which they are taken), CHUNK (a part of W's rows in a tile),
+// STAGES (of 64 k), SPLIT, BLOCKS (on a multiprocessor); ADD and GATED as in linear_skinny.cu; of
+// linear_norm.cuh, SCALED (with ADD: what the next norm needs is left beside the residual) and NORM
+// (x is what such a product left).
 #include "linear_finish.cuh"
 #include "linear_norm.cuh"
 #include "tensor_copy.cuh"
@@ -32,7 +34,9 @@ constexpr int REGISTERS = 65536 / BLOCKS / THREADS / 8 * 8;
 constexpr int PRODUCER_REGISTERS = NORM ? 40 : 24;
 constexpr int LEFT = (THREADS * REGISTERS - 128 * PRODUCER_REGISTERS) / CONSUMERS / 8 * 8;
 constexpr int CONSUMER_REGISTERS = LEFT < 232 ? LEFT : 232;
-constexpr int ROWS = 64 * WARPGROUPS * TILES;
+constexpr int LONG = 64 * WARPGROUPS * TILES;
+constexpr int ROWS = SWAPPED ? SHORT : LONG, COLUMNS = SWAPPED ? LONG : SHORT;
+constexpr int PIECE = SHORT / PIECES, SUMS = PIECE / 2;
 constexpr int HELPERS = 96;  // of the producer's warpgroup, for the factors of NORM
 constexpr int DEPTH = 64;
 constexpr int ROW_BYTES = 2 * DEPTH;
@@ -44,7 +48,8 @@ constexpr int PITCH = CHUNK + 4, OUT_PITCH = OUTPUTS + 8;
 constexpr int UNIT = 8;  // rows of W: one pattern of the swizzle
 static_assert(ROWS * PITCH * 4 <= STAGES * STAGE, "partial sums fit the ring");
 static_assert(ROWS * OUT_PITCH * 2 <= STAGES * STAGE, "so do rounded ones");
-static_assert(COLUMNS % CHUNK == 0 && CHUNK % 8 == 0, "whole chunks");
+static_assert(COLUMNS % CHUNK == 0 && CHUNK % (SWAPPED ? 64 : 8) == 0, "whole chunks");
+static_assert(PIECE % 8 == 0, "whole patterns of the swizzle");
 
 struct Slot {
   int index = 0;
@@ -53,6 +58,20 @@ struct Slot {
     if (++index == STAGES) index = 0, parity ^= 1;
   }
 };
+
+// Sums that are neighbours on the N side, where the first belongs in a tile of rows of x.
+template <int Pitch> __device__ __forceinline__ void store_two(float* to, float low, float high) {
+  if constexpr (SWAPPED)
+    to[0] = low, to[Pitch] = high;
+  else
+    *reinterpret_cast<float2*>(to) = make_float2(low, high);
+}
+template <int Pitch> __device__ __forceinline__ void store_two(SCALAR* to, float low, float high) {
+  if constexpr (SWAPPED)
+    to[0] = from_float<SCALAR>(low), to[Pitch] = from_float<SCALAR>(high);
+  else
+    *reinterpret_cast<u32*>(to) = pack<SCALAR>(low, high);
+}
 
 // Outputs of a tile, rounded and in shared memory, leave 16 bytes at a time.
 __device__ __forceinline__ void store_staged(const Epilogue<SCALAR>& to, const SCALAR* staged,
@@ -152,24 +171,33 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   const auto release = [&](int slot) {
     if (thread == 0) barrier_arrive(empty + slot * 8);
   };
-  // A lane's sums are pairs of neighbours, of which those of two rows follow each other.
-  const int mine = group * TILES * 64 + thread / 32 * 16 + thread % 32 / 4, t2 = thread % 4 * 2;
+  // Where a lane's i-th sum of its t-th product stands in the tile. Two that follow each other are
+  // neighbours on the N side.
+  const int m_side = group * TILES * 64 + thread / 32 * 16 + thread % 32 / 4;
+  const int n_side = thread % 4 * 2;
+  const auto row_at = [&](int t, int i) {
+    return SWAPPED ? n_side + t % PIECES * PIECE + i / 4 * 8 + i % 2
+                   : m_side + t * 64 + i / 2 % 2 * 8;
+  };
+  const auto column_at = [&](int t, int i) {
+    return SWAPPED ? m_side + t / PIECES * 64 + i / 2 % 2 * 8 : n_side + i / 4 * 8 + i % 2;
+  };
 
-  float acc[TILES][COLUMNS / 2] = {};
+  float acc[TILES * PIECES][SUMS] = {};
   Slot slot;
   int previous = 0;
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
-    const u32 w = ring + slot.index * STAGE + X_BYTES;
-    const u32 x = ring + slot.index * STAGE + group * TILES * 64 * ROW_BYTES;
+    const u32 x = ring + slot.index * STAGE, w = x + X_BYTES;
+    const u32 a = (SWAPPED ? w : x) + group * TILES * 64 * ROW_BYTES, b = SWAPPED ? x : w;
     barrier_wait(full + slot.index * 8, slot.parity);
     wgmma_fence();
 #pragma unroll
     for (int s = 0; s < DEPTH / 16; ++s)
 #pragma unroll
-      for (int t = 0; t < TILES; ++t)
-        wgmma_shared<SCALAR>(acc[t], wgmma_tile(x + t * 64 * ROW_BYTES + s * 32),
-                             wgmma_tile(w + s * 32));
+      for (int t = 0; t < TILES * PIECES; ++t)
+        wgmma_shared<SCALAR>(acc[t], wgmma_tile(a + t / PIECES * 64 * ROW_BYTES + s * 32),
+                             wgmma_tile(b + t % PIECES * PIECE * ROW_BYTES + s * 32));
     wgmma_commit();
     wgmma_wait<1>();
     if (step > 0) release(previous);
@@ -183,25 +211,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   if constexpr (NORM) {
     sync_group<CONSUMERS + HELPERS>(2);
 #pragma unroll
-    for (int t = 0; t < TILES; ++t) {
-      const float low = factors[mine + t * 64], high = factors[mine + t * 64 + 8];
+    for (int t = 0; t < TILES * PIECES; ++t)
 #pragma unroll
-      for (int i = 0; i < COLUMNS / 2; ++i) acc[t][i] *= i / 2 % 2 ? high : low;
-    }
+      for (int i = 0; i < SUMS; ++i) acc[t][i] *= factors[row_at(t, i)];
   }
   const i64 above = static_cast<i64>(row) * n;
   const Epilogue<SCALAR> to{out + above, residual + above, 0.f, min(m - row, x_rows), n, k};
   if constexpr (SPLIT == 1 && !ADD) {
     SCALAR* const staged = reinterpret_cast<SCALAR*>(shared);
+    // Of 16 rows of W, 8 are the gate's, and then come their 8 of the up projection.
+    constexpr int up = SWAPPED ? 2 : 4;
 #pragma unroll
-    for (int t = 0; t < TILES; ++t)
+    for (int t = 0; t < TILES * PIECES; ++t)
 #pragma unroll
-      for (int i = 0; i < OUTPUTS / 4; ++i) {
-        const float* const sums = acc[t] + (GATED ? i / 2 * 8 + i % 2 * 2 : i * 2);
+      for (int i = 0; i < SUMS; i += 2) {
+        if (GATED && i / up % 2) continue;
+        const float* const sums = acc[t] + i;
         float low = sums[0], high = sums[1];
-        if constexpr (GATED) low = silu(low) * sums[4], high = silu(high) * sums[5];
-        *reinterpret_cast<u32*>(staged + (mine + t * 64 + i % 2 * 8) * OUT_PITCH + i / 2 * 8 + t2) =
-            pack<SCALAR>(low, high);
+        if constexpr (GATED) low = silu(low) * sums[up], high = silu(high) * sums[up + 1];
+        const int column = column_at(t, i), o = GATED ? column / 16 * 8 + column % 8 : column;
+        store_two<OUT_PITCH>(staged + row_at(t, i) * OUT_PITCH + o, low, high);
       }
     sync_group<CONSUMERS>(1);
     store_staged(to, staged, tile * OUTPUTS);
@@ -210,12 +239,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #pragma unroll
     for (int c = 0; c < COLUMNS / CHUNK; ++c) {
 #pragma unroll
-      for (int t = 0; t < TILES; ++t)
+      for (int t = 0; t < TILES * PIECES; ++t)
 #pragma unroll
-        for (int i = 0; i < CHUNK / 4; ++i) {
-          const float* const sums = acc[t] + c * (CHUNK / 2) + i * 2;
-          float* const place = staged + (mine + t * 64 + i % 2 * 8) * PITCH + i / 2 * 8 + t2;
-          *reinterpret_cast<float2*>(place) = make_float2(sums[0], sums[1]);
+        for (int i = 0; i < SUMS; i += 2) {
+          const int column = column_at(t, i) - c * CHUNK;
+          if (SWAPPED ? column < 0 || column >= CHUNK : i / 4 * 8 / CHUNK != c) continue;
+          store_two<PITCH>(staged + row_at(t, i) * PITCH + column, acc[t][i], acc[t][i + 1]);
         }
       constexpr int outputs = OUTPUTS * CHUNK / COLUMNS;
       const int start = tile * OUTPUTS + c * outputs;

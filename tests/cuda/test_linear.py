@@ -14,6 +14,7 @@ from zllm.cuda.linear_plans import (
     SHARED_BYTES,
     TILE_ROWS,
     Skinny,
+    Tiled,
     faster_than_cublas,
     skinny_plan,
     tiled_plan,
@@ -60,13 +61,13 @@ def test_a_skinny_plan_lets_two_blocks_share_a_hopper_multiprocessor(m: int, n: 
     assert 2 * (plan.shared_bytes(norm=True) + 1024) <= 228 * 1024
 
 
-@pytest.mark.parametrize("m", [1, 8, 9, 16, 17, 64, 65, 128, 129, 192, 193, 249, 256])
+@pytest.mark.parametrize("m", [1, 8, 9, 16, 17, 64, 65, 96, 128, 129, 144, 192, 193, 217, 249, 256])
 @pytest.mark.parametrize("n", [16, 48, 1024, 1504, 2064, 2560, 4096, 4224, 6144, 19456, 151936])
 @pytest.mark.parametrize("k", [64, 1024, 4096])
 @pytest.mark.parametrize("gated", [False, True])
 def test_a_tiled_plan_covers_the_product(m: int, n: int, k: int, gated: bool) -> None:
     plan = tiled_plan(m, n, k, SMS, CLUSTERS_OF_4, gated)
-    unit = 16 if gated else 8
+    unit = 64 if plan.swapped else 16 if gated else 8
     wide, high, _ = plan.grid(m, n)
     assert plan.columns % unit == 0
     assert plan.columns <= 192
@@ -85,6 +86,15 @@ def test_a_tiled_plan_covers_the_product(m: int, n: int, k: int, gated: bool) ->
         assert wide * high <= SMS
     if plan.split == 4 and plan.blocks_per_sm == 1:
         assert wide * high // 4 <= CLUSTERS_OF_4
+
+
+def test_sides_are_swapped_where_that_moves_less_through_shared_memory() -> None:
+    assert tiled_plan(144, 6144, 4096, SMS, CLUSTERS_OF_4) == Tiled(144, 64, 1, 1, swapped=True)
+    assert tiled_plan(144, 4096, 12288, SMS, CLUSTERS_OF_4) == Tiled(144, 64, 2, 1, swapped=True)
+    assert tiled_plan(210, 24576, 4096, SMS, CLUSTERS_OF_4, gated=True).swapped
+    assert not tiled_plan(256, 24576, 4096, SMS, CLUSTERS_OF_4, gated=True).swapped
+    assert not tiled_plan(64, 6144, 4096, SMS, CLUSTERS_OF_4).swapped
+    assert Tiled(144, 64, 2, 1, swapped=True).cycles(144) == (16 + 144 / 4 + (144 + 64) / 4) / 2
 
 
 def test_fewer_stages_where_shared_memory_is_small() -> None:
@@ -216,7 +226,45 @@ def test_a_residual_leaves_what_the_next_norm_needs(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("m", [4, 12, 64, 112, 160, 224])
+@pytest.mark.parametrize("m", [70, 150, 209])
+@pytest.mark.parametrize(
+    ("columns", "split"),
+    [
+        pytest.param(64, 1, id="small-64"),
+        pytest.param(64, 2, id="small-64-split-over-k"),
+        pytest.param(128, 2, id="small-128-split-over-k"),
+        pytest.param(192, 1, id="small-192"),
+    ],
+)
+def test_sides_may_be_swapped(
+    products: SkinnyLinear, m: int, columns: int, split: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _skip_if_too_tall(products, m)
+    plan = Tiled(-(-m // 16) * 16, columns, split, 1, swapped=True)
+    monkeypatch.setattr("zllm.cuda.linear.tiled_plan", lambda *_: plan)
+    n, k = 272, 392
+    x, weight, residual = _random(m, k), _random(n, k, scale=k**-0.5), _random(m, n, scale=3.0)
+    y = x.double() @ weight.double().t()
+    assert _error(products.linear(x, weight, _poisoned(m, n)), y) < 4e-3
+    odd = products.linear(x, weight[:133], _poisoned(m, 133))
+    assert _error(odd, y[:, :133]) < 4e-3
+    gated = products.linear(x, weight, _poisoned(m, n // 2), gated=True)
+    assert _error(gated, _silu_mul(y)) < 9e-3
+
+    h, gains = residual.clone(), 1 + _random(n, scale=0.3)
+    scaled = products.add_linear_scaled(h, x, weight, gains)
+    assert _error(h, y + residual.double()) < 4e-3
+    assert torch.equal(scaled.rows, h * gains)
+    squares = scaled.squares.double().sum(0)
+    assert torch.allclose(squares, h.double().square().sum(1), rtol=1e-5)
+    after = _random(96, n, scale=n**-0.5)
+    normed = h.double() * torch.rsqrt(squares[:, None] / n + 1e-5) * gains.double()
+    expected = normed @ after.double().t()
+    assert _error(products.linear_of_scaled(scaled, after, eps=1e-5), expected) < 6e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [4, 12, 64, 112, 144, 160, 208, 224])
 @pytest.mark.parametrize("size", [1024, 2560, 4096])
 def test_a_chain_in_a_graph_sees_each_product_before_it(
     products: SkinnyLinear, m: int, size: int
