@@ -32,7 +32,7 @@ MAX_ROWS = 4096
 
 _MIN_SHARE = 8
 """Blocks of KV that a thread block takes at least: fewer would only be merged again."""
-_GAP_BYTES, _MOST_GAP = 32 * 1024, 8
+_GAP_BYTES, _MOST_GAP = 48 * 1024, 10
 """What a pair of a row and a KV head costs beside its blocks, as measured: the time of reading that
 many bytes, and at most that many blocks."""
 _SHARE_WORDS, _ROW_WORDS, _TILE_WORDS = 8, 4, 8
@@ -168,7 +168,7 @@ class PagedAttention:
                 self._prefill.tile_rows,
                 self._prefill.tile_keys,
                 self._library.num_sms if work.split else 0,
-                max(_MIN_SHARE, 2 * self._gap),  # a share must be more than a gap
+                max(_MIN_SHARE, self._gap + 1),  # a share must be more than a gap
                 self._gap,
             ),
             pdl=self._pdl,

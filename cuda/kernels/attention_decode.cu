@@ -171,11 +171,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS_PER_SM)
       reinterpret_cast<Partial*>(partials + static_cast<i64>(gridDim.x) * 2 * GROUP * HEAD_DIM);
   Queries queries;
   Accumulator accumulator;
+  const auto load_queries = [&] {
+    const i64 at = static_cast<i64>(walk.query) * q_stride + walk.head * (GROUP * HEAD_DIM);
+    queries.load(q + at);
+    return at;
+  };
+  i64 target = load_queries();
 
-  do {
-    const i64 target =
-        static_cast<i64>(walk.query) * q_stride + walk.head * (GROUP * HEAD_DIM);
-    queries.load(q + target);
+  for (bool more = true; more;) {
     accumulator.clear();
     for (int block = walk.first(threadIdx.x / 32); block < walk.end; block += kWarps) {
       const u32 stage = ring.wait();
@@ -185,14 +188,19 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS_PER_SM)
       fetch();
     }
     accumulator.finish();
-    publish(shared, accumulator);
-    __syncthreads();
 
     // The pair's place on the line of all blocks says which thread blocks hold its parts.
     const int start = blockIdx.x * share.share + walk.position - walk.begin;
     const int first = start / share.share;
     const int parts = (start + walk.blocks() - 1) / share.share - first + 1;
     const int slot = 2 * blockIdx.x + (walk.begin == 0);
+    SCALAR* const pair_out = out + target;
+    publish(shared, accumulator);
+    // What the next pair needs is asked for before this one's results meet.
+    more = walk.advance(rows, num_kv_heads, gap);
+    if (more) target = load_queries();
+    __syncthreads();
+
     for (int i = threadIdx.x; i < GROUP * HEAD_DIM / 4; i += kThreads) {
       const int head = i / (HEAD_DIM / 4), d = i % (HEAD_DIM / 4) * 4;
       Partial all = shared.partial[0][head];
@@ -208,7 +216,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS_PER_SM)
         add_scaled(sum, factor, *reinterpret_cast<const float4*>(&shared.out[w][head][d]));
       }
       if (parts == 1) {
-        store_out(out + target, head, d, sum, out_scale / all.sum);
+        store_out(pair_out, head, d, sum, out_scale / all.sum);
       } else {
         *reinterpret_cast<float4*>(partials + (static_cast<i64>(slot) * GROUP + head) * HEAD_DIM +
                                    d) = sum;
@@ -239,10 +247,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS_PER_SM)
             sum = make_float4(before * sum.x, before * sum.y, before * sum.z, before * sum.w);
             add_scaled(sum, now, x);
           }
-          store_out(out + target, head, d, sum, out_scale / all.sum);
+          store_out(pair_out, head, d, sum, out_scale / all.sum);
         }
       }
     }
     __syncthreads();  // before the next pair's results take the shared memory
-  } while (walk.advance(rows, num_kv_heads, gap));
+  }
 }
