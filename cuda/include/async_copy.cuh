@@ -20,6 +20,21 @@ template <int Pending> __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
 }
 
+// A place in a ring of Size buffers, and the parity of the phase that its barriers are in.
+template <int Size> struct RingPlace {
+  int index = 0;
+  u32 parity = 0;
+
+  __device__ __forceinline__ void advance() {
+    if (++index == Size) index = 0, parity ^= 1;
+  }
+  __device__ __forceinline__ void skip(int steps) {
+    index += steps;
+    parity ^= index / Size & 1;
+    index %= Size;
+  }
+};
+
 #if __CUDA_ARCH__ >= 900
 __device__ __forceinline__ void barrier_init(u32 barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");

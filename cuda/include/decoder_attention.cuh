@@ -91,12 +91,12 @@ __device__ __forceinline__ void produce_kv(Producer& producer, Shared& shared, c
         next[c] = __ldg(table + min(block + WARPS, piece.end - 1));
         Barriers& barriers = shared.barriers[consumer];
         barriers.acquire(producer.at[c]);
-        u32 slot = shared_address(shared.slots[consumer][producer.at[c].slot]);
+        u32 slot = shared_address(shared.slots[consumer][producer.at[c].index]);
         copy_run(slot, layer.keys + from);
         if constexpr (kSlotsEach == 2) {
           barriers.commit(producer.at[c]);
           barriers.acquire(producer.at[c]);
-          slot = shared_address(shared.slots[consumer][producer.at[c].slot]);
+          slot = shared_address(shared.slots[consumer][producer.at[c].index]);
         } else {
           slot += kRunBytes;
         }
@@ -340,13 +340,13 @@ __device__ __forceinline__ void consume_attention(Consumer& consumer, Shared& sh
       accumulator.clear();
 #pragma unroll 1
       for (int block = piece.begin + warp; block < piece.end; block += WARPS) {
-        const u32 keys = shared_address(shared.slots[warp][consumer.at.slot]);
+        const u32 keys = shared_address(shared.slots[warp][consumer.at.index]);
         shared.barriers[warp].wait(consumer.at);
-        SlotCursor<SLOTS> after = consumer.at;
+        RingPlace<SLOTS> after = consumer.at;
         after.advance();
         u32 values = keys + kRunBytes;
         if constexpr (kSlotsEach == 2) {
-          values = shared_address(shared.slots[warp][after.slot]);
+          values = shared_address(shared.slots[warp][after.index]);
           shared.barriers[warp].wait(after);
         }
         const int valid = min(tokens - block * kBlockTokens, kBlockTokens);

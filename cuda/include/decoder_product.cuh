@@ -53,7 +53,7 @@ template <int Outputs, int Depth, int SlotRows, bool Norm, bool Gated> struct Pr
         const int consumer = producer.first + c;
         Barriers& barriers = shared.barriers[consumer];
         barriers.acquire(producer.at[c]);
-        copy_slot(shared_address(shared.slots[consumer][producer.at[c].slot]), w, mine,
+        copy_slot(shared_address(shared.slots[consumer][producer.at[c].index]), w, mine,
                   i / kSteps * kGroupOutputs, (i % kSteps * WARPS + consumer) * kColumns);
         barriers.commit(producer.at[c]);
         producer.pace();
@@ -197,7 +197,7 @@ template <int Outputs, int Depth, int SlotRows, bool Norm, bool Gated> struct Pr
         if (all_at_once ? group == 0 && step == 0 : step % kStepsAtOnce == 0)
           load_x(warp, own_x, x, tag, norm, step, squares);
         shared.barriers[warp].wait(consumer.at);
-        multiply(acc, shared.slots[warp][consumer.at.slot],
+        multiply(acc, shared.slots[warp][consumer.at.index],
                  own_x + step % kStepsAtOnce * (2 * kColumns));
         shared.barriers[warp].release(consumer.at);
       }

@@ -83,7 +83,7 @@ static_assert(sizeof(Shared) <= SHARED_BYTES, "the plan counts too little shared
 // A warp that multiplies.
 struct Consumer {
   int warp;
-  SlotCursor<SLOTS> at;
+  RingPlace<SLOTS> at;
   int buffer = 0;  // of the sums, in turns
   int parity = 0;  // of the sums of squares, in turns
 };
@@ -91,7 +91,7 @@ struct Consumer {
 // A warp that copies, for several consumers in turns.
 struct Producer {
   int first;  // of the consumers
-  SlotCursor<SLOTS> at[kConsumersEach];
+  RingPlace<SLOTS> at[kConsumersEach];
 
   // After each slot. What the multiprocessor cannot send on at once stands in front of the
   // consumers' accesses, those to shared memory too, so a free slot alone is no reason to copy.

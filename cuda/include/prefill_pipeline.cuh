@@ -44,19 +44,6 @@ struct Addresses {
   }
 };
 
-// A place in a ring of buffers and the parity of its barriers.
-template <int Size> struct Place {
-  int index = 0;
-  u32 parity = 0;
-
-  __device__ void next() {
-    if (++index == Size) {
-      index = 0;
-      parity ^= 1;
-    }
-  }
-};
-
 // The items of a thread block: (tile, KV head). The list falls from the longest to the shortest and
 // is dealt out there and back, so that every thread block gets as much; a thread block takes from
 // both ends of its share in turn, since short items want memory, for queries and output, and long
@@ -126,7 +113,7 @@ __device__ __forceinline__ void produce_blocks(Items items, u32 stages, u32 full
   };
   stages += column * kColumnBytes + local * kRunColumnBytes;
   cache += column * kRunColumnBytes;
-  Place<kStages> stage;
+  RingPlace<kStages> stage;
   stage.parity = 1;
   int id = 0;
 #pragma unroll 1
@@ -149,7 +136,7 @@ __device__ __forceinline__ void produce_blocks(Items items, u32 stages, u32 full
       if (lane == 0) barrier_expect(barrier, here * kRunBytes);
       __syncwarp();
       if (local < here) bulk_copy(stages + stage.index * kTileBytes, from, kRunColumnBytes, barrier);
-      stage.next();
+      stage.advance();
     }
   }
 }
@@ -158,7 +145,7 @@ __device__ __forceinline__ void produce_blocks(Items items, u32 stages, u32 full
 __device__ __forceinline__ void produce_queries(Items items, Addresses at, const SCALAR* q,
                                                 int q_stride) {
   constexpr int kChunks = HEAD_DIM / 8;
-  Place<kQueryBuffers> buffer;
+  RingPlace<kQueryBuffers> buffer;
   buffer.parity = 1;
   while (items.next()) {
     const SCALAR* q_head = q + static_cast<i64>(items.tile.query) * q_stride +
@@ -179,6 +166,6 @@ __device__ __forceinline__ void produce_queries(Items items, Addresses at, const
     cp_async_wait<0>();
     fence_async_proxy();
     barrier_arrive(at.query_full(buffer.index));
-    buffer.next();
+    buffer.advance();
   }
 }

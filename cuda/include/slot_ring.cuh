@@ -3,19 +3,6 @@
 #pragma once
 #include "async_copy.cuh"
 
-// Where one side stands in a ring.
-template <int Slots> struct SlotCursor {
-  int slot = 0;
-  u32 phase = 0;
-
-  __device__ __forceinline__ void advance() {
-    if (++slot == Slots) {
-      slot = 0;
-      phase ^= 1;
-    }
-  }
-};
-
 // A ring's barriers; its slots lie wherever the owner puts them.
 template <int Slots> struct SlotBarriers {
   u64 full[Slots], empty[Slots];
@@ -28,22 +15,22 @@ template <int Slots> struct SlotBarriers {
     }
   }
   // Producer: waits until the slot is left.
-  __device__ __forceinline__ void acquire(const SlotCursor<Slots>& at) {
-    barrier_wait(address(empty[at.slot]), at.phase ^ 1);
+  __device__ __forceinline__ void acquire(const RingPlace<Slots>& at) {
+    barrier_wait(address(empty[at.index]), at.parity ^ 1);
   }
   // Producer: all that the lanes have asked for so far fills the slot.
-  __device__ __forceinline__ void commit(SlotCursor<Slots>& at) {
-    barrier_arrive_after_copies(address(full[at.slot]));
+  __device__ __forceinline__ void commit(RingPlace<Slots>& at) {
+    barrier_arrive_after_copies(address(full[at.index]));
     at.advance();
   }
   // Consumer: waits until the slot is filled.
-  __device__ __forceinline__ void wait(const SlotCursor<Slots>& at) {
-    barrier_wait(address(full[at.slot]), at.phase);
+  __device__ __forceinline__ void wait(const RingPlace<Slots>& at) {
+    barrier_wait(address(full[at.index]), at.parity);
   }
   // Consumer: all lanes have read the slot.
-  __device__ __forceinline__ void release(SlotCursor<Slots>& at) {
+  __device__ __forceinline__ void release(RingPlace<Slots>& at) {
     __syncwarp();
-    if (threadIdx.x % 32 == 0) barrier_arrive(address(empty[at.slot]));
+    if (threadIdx.x % 32 == 0) barrier_arrive(address(empty[at.index]));
     at.advance();
   }
 

@@ -268,8 +268,8 @@ struct Finished {
 // scores of the next, be it another item's first, are made beside the product with the values.
 __device__ __forceinline__ void consume(Items items, Addresses at, SCALAR* out, int q_stride,
                                         int group, float scale, const Meeting& meeting) {
-  Place<kStages> key_stage, value_stage;
-  Place<kQueryBuffers> buffer;
+  RingPlace<kStages> key_stage, value_stage;
+  RingPlace<kQueryBuffers> buffer;
   Rows rows;
   Output o;
   clear_output(o);
@@ -289,7 +289,7 @@ __device__ __forceinline__ void consume(Items items, Addresses at, SCALAR* out, 
   wgmma_wait<0>();
   wgmma_own(s);
   release(at.keys_empty(0));
-  key_stage.next();
+  key_stage.advance();
   rows.softmax(s, factor, items.first() * kTileKeys, scale);
   pack_probabilities(p, s);
 
@@ -301,7 +301,7 @@ __device__ __forceinline__ void consume(Items items, Addresses at, SCALAR* out, 
     if (last) {
       finished = Finished(items, rows, out, q_stride, group);
       release(at.query_empty(buffer.index));
-      buffer.next();
+      buffer.advance();
       if (!items.next()) break;
       j = items.first();
       end = items.end();
@@ -325,7 +325,7 @@ __device__ __forceinline__ void consume(Items items, Addresses at, SCALAR* out, 
     wgmma_wait<1>();
     wgmma_own(s);
     release(at.keys_empty(key_stage.index));
-    key_stage.next();
+    key_stage.advance();
     rows.softmax(s, factor, j * kTileKeys, scale);
     // Never so; but the branch keeps the assembler from moving the wait before the softmax, which
     // is to run beside the product with the values.
@@ -333,7 +333,7 @@ __device__ __forceinline__ void consume(Items items, Addresses at, SCALAR* out, 
     wgmma_wait<0>();
     own(o);
     release(at.values_empty(value_stage.index));
-    value_stage.next();
+    value_stage.advance();
     if (last) {
       finished.deliver(o, meeting, scale);
       clear_output(o);

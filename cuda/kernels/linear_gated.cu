@@ -26,19 +26,6 @@ constexpr int kThreads = 384;
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 constexpr int kBand = 8;  // pairs of tiles of x that share W while it is in the L2
 
-struct Slot {
-  int index = 0;
-  u32 parity = 0;
-  __device__ __forceinline__ void advance() {
-    if (++index == kStages) index = 0, parity ^= 1;
-  }
-  __device__ __forceinline__ void skip(int steps) {
-    index += steps;
-    parity ^= index / kStages & 1;
-    index %= kStages;
-  }
-};
-
 struct Place {
   int row, column;  // of y
 };
@@ -128,7 +115,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads,
   const int tiles = (n + kColumns - 1) / kColumns;
   const int steps = (k + kDepth - 1) / kDepth;
   const int clusters = gridDim.x / 2, first = blockIdx.x / 2;
-  Slot slot;
+  RingPlace<kStages> slot;
   if (threadIdx.x < 128) {
     give_registers<kProducerRegisters>();
     if (threadIdx.x == 0) {

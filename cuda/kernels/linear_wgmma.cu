@@ -51,14 +51,6 @@ static_assert(ROWS * OUT_PITCH * 2 <= STAGES * STAGE, "so do rounded ones");
 static_assert(COLUMNS % CHUNK == 0 && CHUNK % (SWAPPED ? 64 : 8) == 0, "whole chunks");
 static_assert(PIECE % 8 == 0, "whole patterns of the swizzle");
 
-struct Slot {
-  int index = 0;
-  u32 parity = 0;
-  __device__ __forceinline__ void advance() {
-    if (++index == STAGES) index = 0, parity ^= 1;
-  }
-};
-
 // Sums that are neighbours on the N side, where the first belongs in a tile of rows of x.
 template <int Pitch> __device__ __forceinline__ void store_two(float* to, float low, float high) {
   if constexpr (SWAPPED)
@@ -155,7 +147,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       copy_box(ring + slot * STAGE, x_map, column_of(step), row, full + slot * 8);
     };
     for (int s = 0; s < first; ++s) copy_x(s, s);
-    Slot slot;
+    RingPlace<STAGES> slot;
 #pragma unroll 1
     for (int s = first; s < steps; ++s) {
       barrier_wait(empty + slot.index * 8, slot.parity);
@@ -184,7 +176,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   };
 
   float acc[TILES * PIECES][SUMS] = {};
-  Slot slot;
+  RingPlace<STAGES> slot;
   int previous = 0;
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
