@@ -1,7 +1,7 @@
 """How a product with few rows is cut, and where cutting it so beats cuBLAS: as measured.
 
-The numbers are one H200's (docs/decisions/060-skinny-linear.md, 061-tall-tiles.md); on another GPU
-they are still right, and perhaps not the fastest.
+The numbers are one H200's (docs/decisions/060-skinny-linear.md, 073-square-tiles.md); on another
+GPU they are still right, and perhaps not the fastest.
 """
 
 from __future__ import annotations
@@ -193,9 +193,8 @@ def tiled_plan(
     while columns(split) < enough and split < most and k >= 2048:
         split *= 2
     wide = columns(split)
-    if wide > _MOST_COLUMNS:  # a head: tile after tile
-        return Tiled(rows, 128, split, 2 if light else 1)
-    plan = Tiled(rows, wide, split, 2 if light else 1)
+    # A head: tile after tile.
+    plan = Tiled(rows, wide if wide <= _MOST_COLUMNS else 128, split, 2 if light else 1)
     swapped = _swapped_plan(size, n, k, blocks)
     return swapped if swapped and swapped.cycles(size) < plan.cycles(size) else plan
 
@@ -208,7 +207,8 @@ def _swapped_plan(size: int, n: int, k: int, blocks: dict[int, int]) -> Tiled | 
     plan = Tiled(size, _ceil(tiles, blocks[split]) * 64, split, 1, swapped=True)
     most_sums = 224 if plan.columns > 128 else 256  # of a column, in registers
     faster = size > 128 or (64 < size < 128 and split == 1)
-    return plan if faster and size <= most_sums and plan.columns <= 192 else None
+    fits = size <= most_sums and plan.columns <= _MOST_COLUMNS
+    return plan if faster and fits else None
 
 
 def faster_than_cublas(m: int, n: int, k: int, num_sms: int, hopper: bool) -> bool:

@@ -67,16 +67,13 @@ template <int Warps, int Stages, int RunBytes> class BlockRing {
   // fetch() or fetch_nothing() is followed by one wait(), Stages fetches later.
   __device__ u32 wait() {
 #if BLOCK_RING_BULK
-    barrier_wait(barriers_ + read_ * 8, phase_);
+    barrier_wait(barriers_ + read_.index * 8, read_.parity);
 #else
     cp_async_wait<Stages - 1>();
     __syncwarp();
 #endif
-    const u32 stage = data_ + read_ * 2 * RunBytes;
-    if (++read_ == Stages) {
-      read_ = 0;
-      phase_ ^= 1;
-    }
+    const u32 stage = data_ + read_.index * 2 * RunBytes;
+    read_.advance();
     return stage;
   }
 
@@ -87,6 +84,5 @@ template <int Warps, int Stages, int RunBytes> class BlockRing {
   u32 data_;
   u32 barriers_;
   int fill_ = 0;
-  int read_ = 0;
-  u32 phase_ = 0;
+  RingPlace<Stages> read_;
 };

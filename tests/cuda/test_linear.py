@@ -9,7 +9,7 @@ import torch
 
 from zllm.cuda.compiler import Compiler
 from zllm.cuda.launcher import KernelLibrary
-from zllm.cuda.linear import SkinnyLinear, _macros
+from zllm.cuda.linear import ScaledRows, SkinnyLinear, _macros
 from zllm.cuda.linear_plans import (
     SHARED_BYTES,
     TILE_ROWS,
@@ -136,6 +136,14 @@ def _silu_mul(y: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.silu(gate) * up
 
 
+def _expect_norm_left(scaled: ScaledRows, h: torch.Tensor, gains: torch.Tensor) -> torch.Tensor:
+    """rms_norm(h, gains, 1e-5) in float64, of what was left for it beside the residual h."""
+    assert torch.equal(scaled.rows, h * gains)
+    squares = scaled.squares.double().sum(0)
+    assert torch.allclose(squares, h.double().square().sum(1), rtol=1e-5)
+    return h.double() * torch.rsqrt(squares[:, None] / h.shape[1] + 1e-5) * gains.double()
+
+
 def _poisoned(m: int, n: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.full((m, n), float("nan"), dtype=dtype, device="cuda")
 
@@ -214,12 +222,7 @@ def test_a_residual_leaves_what_the_next_norm_needs(
     h = before.clone()
     scaled = products.add_linear_scaled(h, x, weight, gains)
     assert torch.equal(h, products.linear(x, weight, residual=before))
-    assert torch.equal(scaled.rows, h * gains)
-    squares = scaled.squares.double().sum(0)
-    assert torch.allclose(squares, h.double().square().sum(1), rtol=1e-5)
-
-    normed = h.double() * torch.rsqrt(squares[:, None] / n + 1e-5) * gains.double()
-    expected = normed @ after.double().t()
+    expected = _expect_norm_left(scaled, h, gains) @ after.double().t()
     assert _error(products.linear_of_scaled(scaled, after, eps=1e-5), expected) < 6e-3
     gated = products.linear_of_scaled(scaled, after, eps=1e-5, gated=True)
     assert _error(gated, _silu_mul(expected)) < 9e-3
@@ -254,12 +257,8 @@ def test_sides_may_be_swapped(
     h, gains = residual.clone(), 1 + _random(n, scale=0.3)
     scaled = products.add_linear_scaled(h, x, weight, gains)
     assert _error(h, y + residual.double()) < 4e-3
-    assert torch.equal(scaled.rows, h * gains)
-    squares = scaled.squares.double().sum(0)
-    assert torch.allclose(squares, h.double().square().sum(1), rtol=1e-5)
     after = _random(96, n, scale=n**-0.5)
-    normed = h.double() * torch.rsqrt(squares[:, None] / n + 1e-5) * gains.double()
-    expected = normed @ after.double().t()
+    expected = _expect_norm_left(scaled, h, gains) @ after.double().t()
     assert _error(products.linear_of_scaled(scaled, after, eps=1e-5), expected) < 6e-3
 
 
