@@ -25,7 +25,7 @@ from zllm.cuda.blocks import copy_blocks
 from zllm.cuda.embedding import take_rows
 from zllm.cuda.launcher import KernelLibrary
 from zllm.cuda.norm import add_rms_norm, rms_norm
-from zllm.cuda.rope_cache import rope_cache
+from zllm.cuda.rope_cache import RopeCache, rope_cache
 from zllm.cuda.sampler import SampledRows, Sampler
 from zllm.native import arena
 
@@ -154,19 +154,10 @@ def cache_cases(kernels: KernelLibrary) -> Iterator[Case]:
             slots = torch.randperm(pool * 16, device="cuda")[:tokens].int()
             weight = torch.randn(size, device="cuda", dtype=BF16)
             out = torch.empty(tokens, heads, size, device="cuda", dtype=BF16)
-            return lambda: rope_cache(
-                kernels,
-                qkv,
-                positions,
-                slots,
-                keys,
-                values,
-                angles,
-                num_heads=heads,
-                q_norm=weight,
-                k_norm=weight,
-                out=out,
+            into = RopeCache(
+                positions, slots, keys, values, angles, heads, q_norm=weight, k_norm=weight
             )
+            return lambda: rope_cache(kernels, qkv, into, out=out)
 
         name = f"rope_cache {tokens} tokens, {heads}/{kv_heads} heads of {size}"
         yield Case(name, 2 * tokens * (heads + 2 * kv_heads) * size * 2, rope)

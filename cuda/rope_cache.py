@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -45,91 +48,129 @@ def program(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class RopeCache:
+    """How a step's heads are turned, and where keys and values go. The order inside a block of the
+    cache is that of `permute_cache`."""
+
+    positions: Tensor
+    """int32 [P]."""
+    slots: Tensor
+    """int32 [P]."""
+    keys: Tensor
+    """[blocks, Hkv, 16, D], its blocks at any stride, of the model's dtype or a narrower one."""
+    values: Tensor
+    """As keys."""
+    cos_sin: Tensor
+    """float32 [max_len, D], D/2 cosines then D/2 sines."""
+    num_heads: int
+    """Hq."""
+    q_norm: Tensor | None = None
+    """[D]; both it and k_norm, or None."""
+    k_norm: Tensor | None = None
+    k_scale: Tensor | None = None
+    """float32 [1] on the device: what is stored is divided by it; None is 1."""
+    v_scale: Tensor | None = None
+    eps: float = 1e-6
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.keys.shape[1]
+
+    @property
+    def head_dim(self) -> int:
+        return self.keys.shape[3]
+
+    @property
+    def width(self) -> int:
+        """Of all heads of a token."""
+        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+
+    def check(self, tokens: int, dtype: torch.dtype, device: int) -> None:
+        """That all fits P tokens of a model of `dtype`; raises KernelError."""
+        keys, values = self.keys, self.values
+        if keys.dim() != 4 or keys.shape[2] != BLOCK_TOKENS:
+            raise KernelError(
+                f"keys has shape {list(keys.shape)}: it must be [blocks, Hkv, {BLOCK_TOKENS}, D]"
+            )
+        require("positions", self.positions, INT, (tokens,), device)
+        require("slots", self.slots, INT, (tokens,), device)
+        require("cos_sin", self.cos_sin, (torch.float32,), (None, self.head_dim), device)
+        if values.shape != keys.shape or values.stride() != keys.stride():
+            raise KernelError(
+                f"values has shape {list(values.shape)} and strides {list(values.stride())}: they "
+                f"must be those of keys, {list(keys.shape)} and {list(keys.stride())}"
+            )
+        for name, cache in (("keys", keys), ("values", values)):
+            require(f"{name}[0]", cache[0], _CACHES, tuple(keys.shape[1:]), device)
+            if cache.dtype != keys.dtype or cache.element_size() > dtype.itemsize:
+                raise KernelError(f"{name} is {cache.dtype}: it must not be wider than {dtype}")
+        if self.head_dim * keys.element_size() % 32 or self.head_dim * dtype.itemsize % 32:
+            raise KernelError(
+                f"keys has heads of {self.head_dim} {keys.dtype}: they must fill 32 bytes"
+            )
+        if (self.q_norm is None) != (self.k_norm is None):
+            raise KernelError("q_norm and k_norm: give both or neither")
+        for name, weight in (("q_norm", self.q_norm), ("k_norm", self.k_norm)):
+            if weight is not None:
+                require(name, weight, (dtype,), (self.head_dim,), device)
+                require_vectors(name, weight)
+        for name, scale in (("k_scale", self.k_scale), ("v_scale", self.v_scale)):
+            if scale is not None:
+                require(name, scale, (torch.float32,), (1,), device)
+
+    def arguments(self) -> tuple[Any, ...]:
+        """What a kernel takes of it."""
+        return (
+            self.keys,
+            self.values,
+            self.positions,
+            self.slots,
+            self.cos_sin,
+            self.q_norm,
+            self.k_norm,
+            self.k_scale,
+            self.v_scale,
+            Int64(self.keys.stride(0)),
+            self.eps,
+        )
+
+
 def rope_cache(
     kernels: KernelLibrary,
     qkv: Tensor,
-    positions: Tensor,
-    slots: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    cos_sin: Tensor,
+    rope: RopeCache,
     *,
-    num_heads: int,
-    q_norm: Tensor | None = None,
-    k_norm: Tensor | None = None,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-    eps: float = 1e-6,
     early: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
-    """[P, (Hq + 2 Hkv) * D] -> q [P, Hq, D]; keys and values [blocks, Hkv, 16, D] get the rest.
+    """[P, (Hq + 2 Hkv) * D] -> q [P, Hq, D]; keys and values get the rest.
 
-    positions, slots: int32 [P]. cos_sin: float32 [max_len, D], D/2 cosines then D/2 sines.
-    q_norm, k_norm: [D] or both None. k_scale, v_scale: float32 [1] on the device, what is stored
-    is divided by them; None is 1. The cache's blocks may lie at any stride; its dtype is the
-    model's or a narrower one. The order inside a block is that of `permute_cache`. early: positions
-    and slots were written before `PagedAttention.make_lists` was called, and are not waited for.
+    early: positions and slots were written before `PagedAttention.make_lists` was called, and are
+    not waited for.
     """
-    device = kernels.device
-    tokens = qkv.shape[0]
-    if keys.dim() != 4 or keys.shape[2] != BLOCK_TOKENS:
-        raise KernelError(
-            f"keys has shape {list(keys.shape)}: it must be [blocks, Hkv, {BLOCK_TOKENS}, D]"
-        )
-    _, num_kv_heads, _, head_dim = keys.shape
-    width = (num_heads + 2 * num_kv_heads) * head_dim
-    require("qkv", qkv, FLOATS, (None, width), device)
+    device, tokens = kernels.device, qkv.shape[0]
+    rope.check(tokens, qkv.dtype, device)
+    require("qkv", qkv, FLOATS, (None, rope.width), device)
     require_vectors("qkv", qkv)
-    require("positions", positions, INT, (tokens,), device)
-    require("slots", slots, INT, (tokens,), device)
-    require("cos_sin", cos_sin, (torch.float32,), (None, head_dim), device)
-    if values.shape != keys.shape or values.stride() != keys.stride():
-        raise KernelError(
-            f"values has shape {list(values.shape)} and strides {list(values.stride())}: they "
-            f"must be those of keys, {list(keys.shape)} and {list(keys.stride())}"
-        )
-    for name, cache in (("keys", keys), ("values", values)):
-        require(f"{name}[0]", cache[0], _CACHES, tuple(keys.shape[1:]), device)
-        if cache.dtype != keys.dtype or cache.element_size() > qkv.element_size():
-            raise KernelError(f"{name} is {cache.dtype}: it must not be wider than {qkv.dtype}")
-    if head_dim * keys.element_size() % 32 or head_dim * qkv.element_size() % 32:
-        raise KernelError(f"keys has heads of {head_dim} {keys.dtype}: they must fill 32 bytes")
-    if (q_norm is None) != (k_norm is None):
-        raise KernelError("q_norm and k_norm: give both or neither")
-    for name, weight in (("q_norm", q_norm), ("k_norm", k_norm)):
-        if weight is not None:
-            require(name, weight, (qkv.dtype,), (head_dim,), device)
-            require_vectors(name, weight)
-    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
-        if scale is not None:
-            require(name, scale, (torch.float32,), (1,), device)
+    shape = (tokens, rope.num_heads, rope.head_dim)
     if out is None:
-        out = qkv.new_empty(tokens, num_heads, head_dim)
+        out = qkv.new_empty(shape)
     else:
-        require("out", out, (qkv.dtype,), (tokens, num_heads, head_dim), device)
+        require("out", out, (qkv.dtype,), shape, device)
     which = program(
-        qkv.dtype, keys.dtype, num_heads, num_kv_heads, head_dim, q_norm is not None, tokens
+        qkv.dtype,
+        rope.keys.dtype,
+        rope.num_heads,
+        rope.num_kv_heads,
+        rope.head_dim,
+        rope.q_norm is not None,
+        tokens,
     )
     kernels.get(which.source, "rope_cache", which.defines).launch(
         (tokens, 1, 1),
         (int(which.defines["THREADS"]), 1, 1),
-        (
-            out,
-            keys,
-            values,
-            qkv,
-            positions,
-            slots,
-            cos_sin,
-            q_norm,
-            k_norm,
-            k_scale,
-            v_scale,
-            Int64(keys.stride(0)),
-            eps,
-            int(early),
-        ),
+        (out, qkv, *rope.arguments(), int(early)),
         pdl=kernels.pdl,
     )
     return out

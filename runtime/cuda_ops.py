@@ -6,15 +6,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zllm.cuda import activation, embedding, norm, rope_cache
+from zllm.cuda import activation, embedding, norm
 from zllm.cuda.attention import PagedAttention
 from zllm.cuda.decoder import MAX_ROWS, ResidentDecoder, ResidentLayer, supports
 from zllm.cuda.decoder_plan import DecoderShape
 from zllm.cuda.launcher import KernelLibrary
 from zllm.cuda.linear import SkinnyLinear
-from zllm.cuda.linear_gated import GatedLinear
+from zllm.cuda.linear_many import ManyRows
+from zllm.cuda.rope_cache import RopeCache, rope_cache
 from zllm.runtime.kv_cache import KVCache
-from zllm.runtime.ops import Batch, Decoder, DecoderLayer, one_by_one
+from zllm.runtime.ops import (
+    Batch,
+    Decoder,
+    DecoderLayer,
+    next_layer_one_by_one,
+    queries_one_by_one,
+)
 
 
 class CudaOps:
@@ -25,7 +32,7 @@ class CudaOps:
         self._kernels = kernels
         self._attention = attention
         self._skinny = SkinnyLinear(kernels)
-        self._gated = GatedLinear(kernels)
+        self._many = ManyRows(kernels)
         self._resident: dict[int, ResidentDecoder | None] = {}
         self._one = torch.ones(1, dtype=torch.float32, device=self.device)
 
@@ -82,8 +89,8 @@ class CudaOps:
         if self._few_rows(normed, gate_up, gated=True):
             return self._skinny.linear(normed, gate_up, gated=True)
         n, k = gate_up.shape
-        if self._gated.supports(normed.shape[0], n, k, normed.dtype):
-            return self._gated.linear(normed, gate_up)
+        if self._many.supports_gated(normed.shape[0], n, k, normed.dtype):
+            return self._many.gated(normed, gate_up)
         return activation.silu_mul(self._kernels, self.linear(normed, gate_up))
 
     def add_linear(
@@ -106,16 +113,35 @@ class CudaOps:
         few = x.shape[0] <= self._skinny.MAX_NORM_ROWS and x.dtype == torch.bfloat16
         return few and self._few_rows(x, weight)
 
-    def to_next_layer(
-        self, x: Tensor, attended: Tensor, layer: DecoderLayer, following: DecoderLayer, eps: float
+    def queries(
+        self, x: Tensor, decoder: Decoder, index: int, batch: Batch, cache: KVCache
     ) -> Tensor:
+        layer = decoder.layers[index]
+        n, k = layer.qkv.shape
+        rotates = self._many.supports_qkv(x.shape[0], n, k, decoder.head_dim, x.dtype)
+        if layer.qkv_bias is None and rotates:
+            normed = self.rms_norm(x, layer.input_norm, decoder.eps)
+            return self._many.qkv(normed, layer.qkv, self._rope(decoder, index, batch, cache))
+        return queries_one_by_one(self, x, decoder, index, batch, cache)
+
+    def to_next_layer(
+        self,
+        x: Tensor,
+        attended: Tensor,
+        decoder: Decoder,
+        index: int,
+        batch: Batch,
+        cache: KVCache,
+    ) -> Tensor:
+        layer, following = decoder.layers[index], decoder.layers[index + 1]
         if not self._scales(x, layer, following):
-            return one_by_one(self, x, attended, layer, following, eps)
-        skinny = self._skinny
+            return next_layer_one_by_one(self, x, attended, decoder, index, batch, cache)
+        skinny, eps = self._skinny, decoder.eps
         normed = skinny.add_linear_scaled(x, attended, layer.output, layer.post_norm)
         gated = skinny.linear_of_scaled(normed, layer.gate_up, eps=eps, gated=True)
         normed = skinny.add_linear_scaled(x, gated, layer.down, following.input_norm)
-        return skinny.linear_of_scaled(normed, following.qkv, eps=eps)
+        qkv = skinny.linear_of_scaled(normed, following.qkv, eps=eps)
+        return self.rope_and_cache(qkv, decoder, index + 1, batch, cache)
 
     def _scales(self, x: Tensor, layer: DecoderLayer, following: DecoderLayer) -> bool:
         """Whether all products between two layers' attentions leave norms to each other."""
@@ -126,37 +152,26 @@ class CudaOps:
         return all(supports(m, w.shape[0], w.shape[1], x.dtype) for w in weights)
 
     def rope_and_cache(
-        self,
-        qkv: Tensor,
-        batch: Batch,
-        cache: KVCache,
-        layer: int,
-        *,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        cos_sin: Tensor,
-        q_norm: Tensor | None = None,
-        k_norm: Tensor | None = None,
-        eps: float = 1e-6,
+        self, qkv: Tensor, decoder: Decoder, index: int, batch: Batch, cache: KVCache
     ) -> Tensor:
-        del num_kv_heads, head_dim  # the cache has them in its shape
-        scale = self._scale(cache)
-        return rope_cache.rope_cache(
-            self._kernels,
-            qkv,
-            batch.positions,
-            batch.slots,
-            cache.keys[layer],
-            cache.values[layer],
-            cos_sin,
-            num_heads=num_heads,
-            q_norm=q_norm,
-            k_norm=k_norm,
+        rope = self._rope(decoder, index, batch, cache)
+        early = self._attention.lets_read_early(batch.work)
+        return rope_cache(self._kernels, qkv, rope, early=early)
+
+    def _rope(self, decoder: Decoder, index: int, batch: Batch, cache: KVCache) -> RopeCache:
+        layer, scale = decoder.layers[index], self._scale(cache)
+        return RopeCache(
+            positions=batch.positions,
+            slots=batch.slots,
+            keys=cache.keys[index],
+            values=cache.values[index],
+            cos_sin=decoder.cos_sin,
+            num_heads=decoder.num_heads,
+            q_norm=layer.q_norm,
+            k_norm=layer.k_norm,
             k_scale=scale,
             v_scale=scale,
-            eps=eps,
-            early=self._attention.lets_read_early(batch.work),
+            eps=decoder.eps,
         )
 
     def attention(

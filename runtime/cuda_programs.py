@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from zllm.cuda import activation, attention, decoder, embedding, linear_gated, norm, rope_cache
+from zllm.cuda import activation, attention, decoder, embedding, linear_many, norm, rope_cache
 from zllm.cuda.attention import AttentionSpec
 from zllm.cuda.compiler import Program
 from zllm.cuda.decoder_plan import DecoderShape
@@ -96,5 +96,5 @@ def _programs(kernels: KernelLibrary, model: ModelConfig, shape: StepShape) -> I
         yield from skinny.programs(2 * inner, hidden, dtype, norm=fused, gated=True)
         yield from skinny.programs(hidden, inner, dtype, residual=True)
         yield from skinny.programs(model.vocab_size, hidden, dtype, norm=fused)
-        if linear_gated.GatedLinear(kernels).available:
-            yield linear_gated.program(dtype)
+        if linear_many.ManyRows(kernels).available:
+            yield from linear_many.programs(dtype, spec.kv_dtype, *head_sizes, qk_norm=True)

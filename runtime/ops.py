@@ -143,33 +143,33 @@ class Ops(Protocol):
         """residual [P, H] += linear(x, weight, bias), in place."""
         ...
 
-    def to_next_layer(
-        self, x: Tensor, attended: Tensor, layer: DecoderLayer, following: DecoderLayer, eps: float
+    def queries(
+        self, x: Tensor, decoder: Decoder, index: int, batch: Batch, cache: KVCache
     ) -> Tensor:
-        """[P, H], [P, Hq * D] -> [P, (Hq + 2 Hkv) * D]: from a layer's attention to the qkv of the
-        one that follows; x in place. See `one_by_one`."""
+        """[P, H] -> [P, Hq, D]: what rope_and_cache gives of a layer's norm_linear."""
+        ...
+
+    def to_next_layer(
+        self,
+        x: Tensor,
+        attended: Tensor,
+        decoder: Decoder,
+        index: int,
+        batch: Batch,
+        cache: KVCache,
+    ) -> Tensor:
+        """[P, H], [P, Hq * D] -> [P, Hq, D]: from a layer's attention to the queries of the next;
+        x in place. See `next_layer_one_by_one`."""
         ...
 
     def rope_and_cache(
-        self,
-        qkv: Tensor,
-        batch: Batch,
-        cache: KVCache,
-        layer: int,
-        *,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        cos_sin: Tensor,
-        q_norm: Tensor | None = None,
-        k_norm: Tensor | None = None,
-        eps: float = 1e-6,
+        self, qkv: Tensor, decoder: Decoder, index: int, batch: Batch, cache: KVCache
     ) -> Tensor:
         """[P, (Hq + 2 Hkv) * D] -> q [P, Hq, D].
 
-        Splits qkv, normalizes each head of q and k (RMSNorm over D; None: not), rotates both
-        (Su et al. 2021, RoFormer; half-split pairs; cos_sin is float32 [max_len, D]: D/2 cosines
-        then D/2 sines) and writes k and v to the tokens' slots of the layer's cache.
+        Splits qkv, normalizes each head of q and k (RMSNorm over D, where the layer has one),
+        rotates both (Su et al. 2021, RoFormer; half-split pairs; cos_sin is float32 [max_len, D]:
+        D/2 cosines then D/2 sines) and writes k and v to the tokens' slots of the layer's cache.
         """
         ...
 
@@ -192,14 +192,24 @@ def end_layer(ops: Ops, x: Tensor, attended: Tensor, layer: DecoderLayer, eps: f
     ops.add_linear(x, gated, layer.down)
 
 
-def one_by_one(
+def queries_one_by_one(
+    ops: Ops, x: Tensor, decoder: Decoder, index: int, batch: Batch, cache: KVCache
+) -> Tensor:
+    """Ops.queries of a backend that fuses nothing of it."""
+    layer = decoder.layers[index]
+    qkv = ops.norm_linear(x, layer.input_norm, layer.qkv, layer.qkv_bias, eps=decoder.eps)
+    return ops.rope_and_cache(qkv, decoder, index, batch, cache)
+
+
+def next_layer_one_by_one(
     ops: Ops,
     x: Tensor,
     attended: Tensor,
-    layer: DecoderLayer,
-    following: DecoderLayer,
-    eps: float,
+    decoder: Decoder,
+    index: int,
+    batch: Batch,
+    cache: KVCache,
 ) -> Tensor:
     """Ops.to_next_layer of a backend that fuses nothing of it."""
-    end_layer(ops, x, attended, layer, eps)
-    return ops.norm_linear(x, following.input_norm, following.qkv, following.qkv_bias, eps=eps)
+    end_layer(ops, x, attended, decoder.layers[index], decoder.eps)
+    return ops.queries(x, decoder, index + 1, batch, cache)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from zllm.runtime.kv_cache import KVCache
-from zllm.runtime.ops import Batch, Decoder, DecoderLayer, one_by_one
+from zllm.runtime.ops import Batch, Decoder, next_layer_one_by_one, queries_one_by_one
 from zllm.runtime.torch_attention import AttentionWork, attend, write_kv
 
 _LARGE = 2**19
@@ -52,38 +52,43 @@ class TorchOps:
     ) -> None:
         residual.add_(self.linear(x, weight, bias))
 
-    def to_next_layer(
-        self, x: Tensor, attended: Tensor, layer: DecoderLayer, following: DecoderLayer, eps: float
+    def queries(
+        self, x: Tensor, decoder: Decoder, index: int, batch: Batch, cache: KVCache
     ) -> Tensor:
-        return one_by_one(self, x, attended, layer, following, eps)
+        return queries_one_by_one(self, x, decoder, index, batch, cache)
 
-    def rope_and_cache(
+    def to_next_layer(
         self,
-        qkv: Tensor,
+        x: Tensor,
+        attended: Tensor,
+        decoder: Decoder,
+        index: int,
         batch: Batch,
         cache: KVCache,
-        layer: int,
-        *,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        cos_sin: Tensor,
-        q_norm: Tensor | None = None,
-        k_norm: Tensor | None = None,
-        eps: float = 1e-6,
     ) -> Tensor:
+        return next_layer_one_by_one(self, x, attended, decoder, index, batch, cache)
+
+    def rope_and_cache(
+        self, qkv: Tensor, decoder: Decoder, index: int, batch: Batch, cache: KVCache
+    ) -> Tensor:
+        num_heads, num_kv_heads, head_dim = (
+            decoder.num_heads,
+            decoder.num_kv_heads,
+            decoder.head_dim,
+        )
+        layer, cos_sin = decoder.layers[index], decoder.cos_sin
         heads = qkv.view(-1, num_heads + 2 * num_kv_heads, head_dim)
         q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
-        if q_norm is not None:
-            q = functional.rms_norm(q, (head_dim,), q_norm, eps)
-        if k_norm is not None:
-            k = functional.rms_norm(k, (head_dim,), k_norm, eps)
+        if layer.q_norm is not None:
+            q = functional.rms_norm(q, (head_dim,), layer.q_norm, decoder.eps)
+        if layer.k_norm is not None:
+            k = functional.rms_norm(k, (head_dim,), layer.k_norm, decoder.eps)
         work: AttentionWork = batch.work
         rotation = work.rotations.get(id(cos_sin))
         if rotation is None:
             rotation = _rotation(cos_sin, batch.positions, qkv.dtype)
             work.rotations[id(cos_sin)] = rotation
-        write_kv(torch.cat([_rotate(k, *rotation), v], dim=1), work, cache, layer)
+        write_kv(torch.cat([_rotate(k, *rotation), v], dim=1), work, cache, index)
         return _rotate(q, *rotation)
 
     def attention(

@@ -39,10 +39,10 @@ python3 -m zllm demo 2>&1 | grep -vE "^ " | tail -24
 say "tests, and the small ones under memcheck and racecheck"
 (sanitize memcheck; sanitize racecheck) &
 run_group attention tests/cuda/test_{attention,decoder}.py &
-run_group linear tests/cuda/test_linear{,_gated}.py &
+run_group linear tests/cuda/test_linear{,_many}.py &
 run_group engine tests/cuda/test_cuda_engine.py &
 run_group others tests/cuda \
-  --ignore=tests/cuda/test_{attention,decoder,linear,linear_gated,cuda_engine}.py &
+  --ignore=tests/cuda/test_{attention,decoder,linear,linear_many,cuda_engine}.py &
 wait
 grep -E "^(FAILED|ERROR|E  )" "$out"/tests-*.txt | tail -30
 grep -E "passed|failed|ERROR SUMMARY|RACECHECK SUMMARY" "$out/memcheck.txt" "$out/racecheck.txt"

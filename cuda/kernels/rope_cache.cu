@@ -8,10 +8,7 @@
 // A group of lanes owns a head: each lane holds one vector of the first half and the matching one
 // of the second, so that a pair to rotate never leaves its thread. A thread block is one token,
 // whose cosines and sines a lane loads once for all its heads.
-#include <cuda_fp8.h>
-
-#include "common.cuh"
-#include "kv_layout.cuh"
+#include "cache_type.cuh"
 
 constexpr int kVec = Vec<SCALAR>::size;
 constexpr int kHalfVecs = HEAD_DIM / 2 / kVec;
@@ -24,25 +21,6 @@ constexpr bool kOneRound = kGroups >= kAllHeads;
 static_assert(HEAD_DIM % (2 * kVec) == 0, "HEAD_DIM must be a multiple of two vectors");
 static_assert(kLanes <= 32, "a head must fit in a warp");
 static_assert(sizeof(CACHE) <= sizeof(SCALAR), "the cache must not be wider than the model");
-
-__device__ __forceinline__ void convert(float x, __nv_bfloat16& out) { out = __float2bfloat16_rn(x); }
-__device__ __forceinline__ void convert(float x, __half& out) { out = __float2half_rn(x); }
-__device__ __forceinline__ void convert(float x, float& out) { out = x; }
-__device__ __forceinline__ void convert(float x, __nv_fp8_e4m3& out) {
-  out.__x = __nv_cvt_float_to_fp8(x, __NV_SATFINITE, __NV_E4M3);
-}
-
-// The kVec elements from `element` on of row `row` of a run, in the cache's type.
-__device__ __forceinline__ void store_cache(char* run, int row, int element, const float* x) {
-  struct alignas(kVec * sizeof(CACHE)) Piece {
-    CACHE data[kVec];
-  } piece;
-#pragma unroll
-  for (int j = 0; j < kVec; ++j) convert(x[j], piece.data[j]);
-  const int byte = element * int(sizeof(CACHE));
-  const int at = kv_layout::offset<HEAD_DIM * sizeof(CACHE)>(row, byte / 16) + byte % 16;
-  *reinterpret_cast<Piece*>(run + at) = piece;
-}
 
 // Loads that stay on the side of wait_for_previous() on which they stand: what is const
 // __restrict__ may be read before. Integers, which every step writes anew, are read past L1, as it
@@ -66,7 +44,7 @@ __device__ __forceinline__ uint4 load_here(const void* from) {
 // each, or null for 1) divide what is stored. `early`: positions and slots were written before this
 // kernel could start, so that only qkv is waited for.
 extern "C" __global__ void __launch_bounds__(THREADS)
-rope_cache(SCALAR* __restrict__ q_out, CACHE* keys, CACHE* values, const SCALAR* __restrict__ qkv,
+rope_cache(SCALAR* __restrict__ q_out, const SCALAR* __restrict__ qkv, CACHE* keys, CACHE* values,
            const int* __restrict__ positions, const int* __restrict__ slots,
            const float* __restrict__ cos_sin, const SCALAR* __restrict__ q_norm,
            const SCALAR* __restrict__ k_norm, const float* k_scale, const float* v_scale,
@@ -162,7 +140,7 @@ rope_cache(SCALAR* __restrict__ q_out, CACHE* keys, CACHE* values, const SCALAR*
     const int kv_head = head - HEADS - (is_value ? KV_HEADS : 0);
     CACHE* run = (is_value ? values : keys) + block +
                  i64(kv_head) * (kv_layout::kBlockTokens * HEAD_DIM);
-    store_cache(reinterpret_cast<char*>(run), row, lane * kVec, low);
-    store_cache(reinterpret_cast<char*>(run), row, HEAD_DIM / 2 + lane * kVec, high);
+    store_cache<HEAD_DIM, kVec>(run, row, lane * kVec, low);
+    store_cache<HEAD_DIM, kVec>(run, row, HEAD_DIM / 2 + lane * kVec, high);
   }
 }

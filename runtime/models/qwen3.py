@@ -6,7 +6,6 @@ Yang et al. 2025, "Qwen3 Technical Report".
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -82,42 +81,24 @@ class Qwen3:
     def forward(self, ops: Ops, batch: Batch, cache: KVCache, out: Tensor | None = None) -> Tensor:
         """The hidden states [S, H] of the sampled tokens, before the last norm; in `out` where it
         is given."""
-        decoder, eps = self.decoder, self.decoder.eps
+        decoder = self.decoder
         hidden = ops.decode(decoder, batch, cache)
         if hidden is not None:
             return ops.take_rows(hidden, batch.sample_tokens, out)
         x = ops.embed(decoder.embedding, batch.tokens)
-        first, last = decoder.layers[0], decoder.layers[-1]
-        qkv = ops.norm_linear(x, first.input_norm, first.qkv, first.qkv_bias, eps=eps)
-        for index, (layer, following) in enumerate(pairwise(decoder.layers)):
-            attended = self._attend(ops, qkv, batch, cache, index)
-            qkv = ops.to_next_layer(x, attended, layer, following, eps)
-        attended = self._attend(ops, qkv, batch, cache, len(decoder.layers) - 1)
+        q = ops.queries(x, decoder, 0, batch, cache)
+        last = len(decoder.layers) - 1
+        for index in range(last):
+            attended = ops.attention(q, batch, cache, index, scale=decoder.scale)
+            q = ops.to_next_layer(x, attended, decoder, index, batch, cache)
+        attended = ops.attention(q, batch, cache, last, scale=decoder.scale)
         few_sample = len(batch.sample_tokens) < len(batch.tokens)
         if few_sample:
             # Of the others, nothing is read any more but the keys and values that they left.
             x = ops.take_rows(x, batch.sample_tokens, out)
             attended = ops.take_rows(attended, batch.sample_tokens)
-        end_layer(ops, x, attended, last, eps)
+        end_layer(ops, x, attended, decoder.layers[last], decoder.eps)
         return x if few_sample else ops.take_rows(x, batch.sample_tokens, out)
-
-    def _attend(self, ops: Ops, qkv: Tensor, batch: Batch, cache: KVCache, index: int) -> Tensor:
-        """[P, (Hq + 2 Hkv) * D] -> [P, Hq * D]: the attention of a layer."""
-        decoder, layer = self.decoder, self.decoder.layers[index]
-        q = ops.rope_and_cache(
-            qkv,
-            batch,
-            cache,
-            index,
-            num_heads=decoder.num_heads,
-            num_kv_heads=decoder.num_kv_heads,
-            head_dim=decoder.head_dim,
-            cos_sin=decoder.cos_sin,
-            q_norm=layer.q_norm,
-            k_norm=layer.k_norm,
-            eps=decoder.eps,
-        )
-        return ops.attention(q, batch, cache, index, scale=decoder.scale)
 
     def logits(self, ops: Ops, hidden: Tensor) -> Tensor:
         """Hidden states of `forward` [S, H] -> [S, V], in the model's dtype."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from zllm.cuda.attention import AttentionSpec, AttentionWork, PagedAttention
 from zllm.cuda.launcher import KernelLibrary
-from zllm.cuda.rope_cache import rope_cache
+from zllm.cuda.rope_cache import RopeCache, rope_cache
 from zllm.errors import KernelError
 
 pytestmark = pytest.mark.gpu
@@ -340,16 +340,10 @@ def test_a_small_chain_in_a_graph_sees_the_newest_tokens(library: KernelLibrary)
     cos_sin = torch.rand(4096, spec.head_dim, device="cuda")
 
     def chain() -> Tensor:
-        q = rope_cache(
-            library,
-            qkv,
-            positions,
-            slots,
-            case.keys,
-            case.values,
-            cos_sin,
-            num_heads=spec.num_heads,
+        rope = RopeCache(
+            positions, slots, case.keys, case.values, cos_sin, num_heads=spec.num_heads
         )
+        q = rope_cache(library, qkv, rope)
         return attention.run(q, case.keys, case.values, case.table, work, scale=spec.head_dim**-0.5)
 
     chain()

@@ -15,6 +15,7 @@ from tests.runtime.checkpoints import VOCAB, all_logits, greedy, make_hf_model, 
 from tests.runtime.serving import Request, Server, random_prompts
 from zllm import LLM, SamplingParams
 from zllm.cuda.decoder import ResidentDecoder
+from zllm.cuda.linear_many import ManyRows
 from zllm.runtime.config import EngineConfig
 from zllm.runtime.cuda_runner import CudaRunner
 from zllm.runtime.engine import Engine
@@ -86,9 +87,33 @@ def test_few_sequences_of_a_wide_model(tmp_path: Path) -> None:
     _check_logits(hf_model, save(hf_model, tmp_path), asked)
 
 
-def _check_logits(hf_model: Any, folder: Path, asked: list[Request]) -> None:
+def test_long_prompts_go_through_the_products_of_many_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second of three steps has the end of one prompt and the beginning of the other."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("these products are for Hopper")
+    sizes = {"hidden_size": 256, "intermediate_size": 2048, "head_dim": 128}
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 8}
+    hf_model = make_hf_model(seed=3, max_position_embeddings=4096, **sizes, **heads)
+    launched = Counter[int]()
+    qkv = ManyRows.qkv
+
+    def spy(self: ManyRows, x: torch.Tensor, *args: Any) -> Any:
+        launched[len(x)] += 1
+        return qkv(self, x, *args)
+
+    monkeypatch.setattr(ManyRows, "qkv", spy)
+    draw = random.Random(5)
+    prompts = [[draw.randrange(VOCAB) for _ in range(length)] for length in (2500, 1700)]
+    asked = [Request(prompt, 5, 0) for prompt in prompts]
+    _check_logits(hf_model, save(hf_model, tmp_path), asked, max_num_batched_tokens=2048)
+    assert launched[2048] == 2 * hf_model.config.num_hidden_layers
+
+
+def _check_logits(hf_model: Any, folder: Path, asked: list[Request], **options: Any) -> None:
     """Served in bfloat16, by steps of any size."""
-    server = Server(folder, device="cuda", dtype="bfloat16", enforce_eager=True)
+    server = Server(folder, device="cuda", dtype="bfloat16", enforce_eager=True, **options)
     for request, answer in zip(asked, server.serve(asked), strict=True):
         tokens = answer.tokens
         expected = all_logits(hf_model, [*request.prompt, *tokens])[len(request.prompt) - 1 : -1]

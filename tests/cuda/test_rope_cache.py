@@ -2,39 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from torch import Tensor
 
-from tests.cuda.accuracy import TOLERANCE, poisoned, relative_error
+from tests.cuda.accuracy import poisoned
+from tests.cuda.rotation import FP8, angles, cache_of, expect_rotated, rope_case
 from zllm.cuda.launcher import KernelLibrary
-from zllm.cuda.rope_cache import permute_cache, rope_cache, unpermute_cache
+from zllm.cuda.rope_cache import RopeCache, permute_cache, rope_cache, unpermute_cache
 from zllm.errors import KernelError
-
-FP8 = torch.float8_e4m3fn
-MAX_LEN = 512
-
-
-def _cos_sin(head_dim: int) -> Tensor:
-    frequency = 10000.0 ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    angle = torch.arange(MAX_LEN, dtype=torch.float64)[:, None] * frequency
-    return torch.cat([angle.cos(), angle.sin()], dim=-1).float().cuda()
-
-
-def _rotated(x: Tensor, weight: Tensor | None, cos_sin: Tensor, eps: float) -> Tensor:
-    """[P, heads, D] in float64; cos_sin [P, D]."""
-    if weight is not None:
-        x = x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.double()
-    cosine, sine = cos_sin.double()[:, None].chunk(2, dim=-1)
-    low, high = x.chunk(2, dim=-1)
-    return torch.cat([low * cosine - high * sine, high * cosine + low * sine], dim=-1)
-
-
-def _cache(blocks: int, heads: int, head_dim: int, dtype: torch.dtype, layers: int) -> Tensor:
-    """[layers, K|V, blocks, heads, 16, D] that lies block-major."""
-    data = torch.zeros(blocks, layers, 2, heads, 16, head_dim, device="cuda").to(dtype)
-    return data.permute(1, 2, 0, 3, 4, 5)
-
 
 CASES = [
     pytest.param(5, 4, 2, 128, torch.bfloat16, torch.bfloat16, True, id="small"),
@@ -67,58 +44,11 @@ def test_rope_cache(
     cache_dtype: torch.dtype,
     normed: bool,
 ) -> None:
-    blocks, layers, eps = tokens // 8 + 4, 3, 1e-6
-    cache = _cache(blocks, kv_heads, head_dim, cache_dtype, layers)
-    keys, values = cache[1]
-    qkv = torch.randn(tokens, (heads + 2 * kv_heads) * head_dim, device="cuda").to(dtype)
-    positions = torch.randint(MAX_LEN, (tokens,), dtype=torch.int32, device="cuda")
-    slots = torch.randperm(blocks * 16, device="cuda")[:tokens].int()
-    cos_sin = _cos_sin(head_dim)
-    q_norm, k_norm = (
-        (torch.randn(2, head_dim, device="cuda") + 1).to(dtype).unbind() if normed else (None, None)
-    )
-    k_scale, v_scale = (
-        torch.tensor([[0.5], [2.0]], device="cuda")
-        if cache_dtype == FP8
-        else (
-            None,
-            None,
-        )
-    )
-    q = rope_cache(
-        kernels,
-        qkv,
-        positions,
-        slots,
-        keys,
-        values,
-        cos_sin,
-        num_heads=heads,
-        q_norm=q_norm,
-        k_norm=k_norm,
-        k_scale=k_scale,
-        v_scale=v_scale,
-        eps=eps,
-        early=early,
-        out=poisoned(tokens, heads, head_dim, dtype=dtype),
-    )
-    split = qkv.double().view(tokens, -1, head_dim).split([heads, kv_heads, kv_heads], dim=1)
-    at = cos_sin[positions.long()]
-    assert relative_error(q, _rotated(split[0], q_norm, at, eps)) < TOLERANCE[dtype]
-
-    wanted = {"keys": _rotated(split[1], k_norm, at, eps), "values": split[2]}
-    for (name, expected), stored, scale in zip(
-        wanted.items(), (keys, values), (k_scale, v_scale), strict=True
-    ):
-        plain = unpermute_cache(stored.contiguous()).float()
-        block, offset = slots.long() // 16, slots.long() % 16
-        got = plain[block, :, offset] * (1.0 if scale is None else scale)
-        tolerance = 0.05 if cache_dtype == FP8 else TOLERANCE[cache_dtype]
-        assert relative_error(got, expected) < tolerance, name
-        plain[block, :, offset] = 0
-        assert not plain.any(), f"{name}: nothing but the tokens' slots is written"
-    assert not cache[0].float().any()
-    assert not cache[2].float().any()
+    rope, cache = rope_case(tokens, heads, kv_heads, head_dim, dtype, cache_dtype, normed=normed)
+    qkv = torch.randn(tokens, rope.width, device="cuda").to(dtype)
+    out = poisoned(tokens, heads, head_dim, dtype=dtype)
+    q = rope_cache(kernels, qkv, rope, early=early, out=out)
+    expect_rotated(rope, cache, qkv.double(), q)
 
 
 @pytest.mark.parametrize("row_bytes", [64, 96, 128, 192, 256, 512, 1024])
@@ -146,25 +76,20 @@ def test_the_permuted_order_is_hoppers_swizzle(row_bytes: int) -> None:
 
 @pytest.mark.gpu
 def test_arguments_that_do_not_fit_are_named(kernels: KernelLibrary) -> None:
-    keys, values = _cache(4, 2, 64, torch.bfloat16, 1)[0]
+    keys, values = cache_of(4, 2, 64, torch.bfloat16, 1)[0]
     qkv = torch.zeros(3, (4 + 4) * 64, device="cuda", dtype=torch.bfloat16)
     index = torch.zeros(3, dtype=torch.int32, device="cuda")
-    cos_sin = _cos_sin(64)
-    weight = torch.ones(64, device="cuda", dtype=torch.bfloat16)
-    good = (qkv, index, index, keys, values, cos_sin)
-    rope_cache(kernels, *good, num_heads=4)
-    for name, position, wrong in (
-        ("qkv has shape", 0, qkv[:, :64].contiguous()),
-        ("positions is torch.int64", 1, index.long()),
-        ("slots has shape", 2, index[:2]),
-        ("keys is torch.float32", 3, keys.float()),
-        ("values has shape", 4, values[:, :1]),
-        ("cos_sin is torch.bfloat16", 5, cos_sin.bfloat16()),
+    good = RopeCache(index, index, keys, values, angles(64), num_heads=4)
+    rope_cache(kernels, qkv, good)
+    with pytest.raises(KernelError, match="qkv has shape"):
+        rope_cache(kernels, qkv[:, :64].contiguous(), good)
+    for message, wrong in (
+        ("positions is torch.int64", {"positions": index.long()}),
+        ("slots has shape", {"slots": index[:2]}),
+        ("keys is torch.float32", {"keys": keys.float(), "values": keys.float()}),
+        ("values has shape", {"values": values[:, :1]}),
+        ("cos_sin is torch.bfloat16", {"cos_sin": good.cos_sin.bfloat16()}),
+        ("give both or neither", {"q_norm": torch.ones(64, device="cuda").bfloat16()}),
     ):
-        arguments = [*good[:position], wrong, *good[position + 1 :]]
-        if position == 3:
-            arguments[4] = wrong
-        with pytest.raises(KernelError, match=name):
-            rope_cache(kernels, *arguments, num_heads=4)
-    with pytest.raises(KernelError, match="give both or neither"):
-        rope_cache(kernels, *good, num_heads=4, q_norm=weight)
+        with pytest.raises(KernelError, match=message):
+            rope_cache(kernels, qkv, replace(good, **wrong))
