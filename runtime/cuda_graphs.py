@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
+from zllm.cuda.graph import GraphLaunch
+
 
 @dataclass(frozen=True, slots=True)
 class Buckets:
@@ -48,7 +50,7 @@ class StepGraphs:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
-        self._graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[str, int], GraphLaunch] = {}
 
     def capture(
         self,
@@ -89,12 +91,12 @@ class StepGraphs:
                     run(size)
                 finally:
                     graph.capture_end()
-                self._graphs[kind, size] = graph
+                self._graphs[kind, size] = GraphLaunch(graph, stream.device_index)
                 progress()
         torch.cuda.current_stream(self._device).wait_stream(stream)
 
     def replay(self, kind: str, size: int) -> None:
-        self._graphs[kind, size].replay()
+        self._graphs[kind, size]()
 
     def __len__(self) -> int:
         return len(self._graphs)
