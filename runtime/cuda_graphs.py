@@ -1,7 +1,8 @@
-"""CUDA graphs of a step: a body by padded token count, a head by padded sample count.
+"""CUDA graphs of a step: a body by padded token count, a head by padded sample count, and both as
+one where all tokens sample.
 
 The body runs from the arena to the hidden states of the sampled tokens, the head from those to
-sampled tokens. Neither knows anything of a step but its padded sizes: the real ones are read from
+sampled tokens. No graph knows anything of a step but its padded sizes: the real ones are read from
 the arena on the device. All graphs share one memory pool, since only one runs at a time.
 """
 

@@ -1,9 +1,9 @@
-"""The GPU's runner: the batch lives on the device, and a step is one copy and two graph launches.
+"""The GPU's runner: the batch lives on the device, and a step is one copy and one or two graphs.
 
 A step sends its arena (cython/arena.pxd) to the device, then runs a body (from the arena to the
 hidden states of the sampled tokens) and a head (logits, sampling): CUDA graphs where the step fits
-one, single launches elsewhere. Sampled tokens stay on the device for the next step, and reach the
-host through pinned memory.
+one, of both together where it only decodes, single launches elsewhere. Sampled tokens stay on the
+device for the next step, and reach the host through pinned memory.
 """
 
 from __future__ import annotations
@@ -207,8 +207,24 @@ class CudaRunner:
         torch.cuda.empty_cache()
 
     def _run(self, plan: Plan) -> Sampled | None:
-        self._run_body(plan.num_tokens, decode_only=plan.num_decodes == plan.num_tokens)
-        return self._run_head(plan) if plan.num_sampled else None
+        decode_only = plan.num_decodes == plan.num_tokens
+        graphs, size = self._graphs, self._head_size(plan)
+        if graphs is None or size is None:
+            self._run_body(plan.num_tokens, decode_only=decode_only)
+            return self._run_head(plan) if plan.num_sampled else None
+        if decode_only and plan.num_sampled == plan.num_tokens:
+            graphs.replay("step", size)
+            return None
+        self._run_body(plan.num_tokens, decode_only=decode_only)
+        graphs.replay("head", size)
+        return None
+
+    def _head_size(self, plan: Plan) -> int | None:
+        """The head's graph for a step; None where it samples nothing, or asks for more than tokens,
+        or has too many samples."""
+        if not plan.num_sampled or plan.features & EDITS or plan.max_logprobs >= 0:
+            return None
+        return bucket_of(plan.num_sampled, self._buckets.decode)
 
     def _run_again(self, plan: Plan) -> tuple[Sampled | None, bool]:
         """What `_run` gives, and whether it failed for good."""
@@ -227,13 +243,9 @@ class CudaRunner:
         else:
             self._graphs.replay(kind, size)
 
-    def _run_head(self, plan: Plan) -> Sampled | None:
+    def _run_head(self, plan: Plan) -> Sampled:
         edits = bool(plan.features & EDITS)
-        size = bucket_of(plan.num_sampled, self._buckets.decode)
-        if edits or plan.max_logprobs >= 0 or size is None or self._graphs is None:
-            return self._head(plan.num_sampled, edits=edits, max_logprobs=plan.max_logprobs)
-        self._graphs.replay("head", size)
-        return None
+        return self._head(plan.num_sampled, edits=edits, max_logprobs=plan.max_logprobs)
 
     def _body(self, num_tokens: int, *, decode_only: bool) -> None:
         """From the arena to the hidden states of the sampled tokens. Launches only."""
@@ -247,9 +259,14 @@ class CudaRunner:
         logits = self.model.logits(self._ops, self._step.hidden[:size])
         return self._step.sample(logits, edits=edits, max_logprobs=max_logprobs)
 
+    def _decode_step(self, num_tokens: int) -> None:
+        """Body and head of a step whose tokens all sample. Launches only."""
+        self._body(num_tokens, decode_only=True)
+        self._head(num_tokens)
+
     def _capture(self, graphs: StepGraphs) -> None:
         buckets = self._buckets
-        total = len(buckets.mixed) + 2 * len(buckets.decode)
+        total = len(buckets.mixed) + 3 * len(buckets.decode)
         console = Console(stderr=True)
         with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
             task = bar.add_task("Capturing CUDA graphs", total=total)
@@ -261,6 +278,7 @@ class CudaRunner:
             graphs.capture("mixed", mixed, lambda n: self._body(n, decode_only=False), captured)
             graphs.capture("decode", decode, lambda n: self._body(n, decode_only=True), captured)
             graphs.capture("head", decode, self._head, captured)
+            graphs.capture("step", decode, self._decode_step, captured)
         torch.cuda.synchronize(self.device)
 
     def _profile(self) -> int:

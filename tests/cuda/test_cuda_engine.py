@@ -247,7 +247,7 @@ def test_a_step_that_ran_out_of_memory_runs_again(
 ) -> None:
     hf_model, folder = model
     server = Server(folder, device="cuda", dtype="float32")
-    run, calls = server.runner._run_body, []
+    run, calls = server.runner._run, []
 
     def short_of_memory(*args: Any, **options: Any) -> None:
         calls.append(args)
@@ -255,7 +255,7 @@ def test_a_step_that_ran_out_of_memory_runs_again(
             raise torch.OutOfMemoryError("CUDA out of memory, by the test")
         run(*args, **options)
 
-    monkeypatch.setattr(server.runner, "_run_body", short_of_memory)
+    monkeypatch.setattr(server.runner, "_run", short_of_memory)
     for prompt, answer in zip(PROMPTS, server.serve(requests(10)), strict=True):
         assert answer.tokens == greedy(hf_model, prompt, 10)
 
@@ -271,7 +271,7 @@ def test_memory_that_is_gone_fails_the_step_and_not_the_engine(
         raise torch.OutOfMemoryError("CUDA out of memory, by the test")
 
     with monkeypatch.context() as patch:
-        patch.setattr(server.runner, "_run_body", no_memory)
+        patch.setattr(server.runner, "_run", no_memory)
         (answer,) = server.serve([Request(list(range(60)) * 2, 10)])
     assert answer.finish == FinishReason.ERROR
     (answer,) = server.serve(requests(10)[:1])
