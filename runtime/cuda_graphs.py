@@ -1,5 +1,5 @@
-"""CUDA graphs of a step: a body by padded token count, a head by padded sample count, and both as
-one where all tokens sample.
+"""CUDA graphs of a step: a body by padded token count, a head by padded sample count, and of few
+sequences that decode both as one.
 
 The body runs from the arena to the hidden states of the sampled tokens, the head from those to
 sampled tokens. No graph knows anything of a step but its padded sizes: the real ones are read from
@@ -16,6 +16,10 @@ from dataclasses import dataclass
 import torch
 
 from zllm.cuda.graph import GraphLaunch
+
+SHORT_STEP = 64
+"""Sequences of the longest decode step that is one graph with its head. Longer ones would hide what
+that saves, and each graph takes memory."""
 
 
 @dataclass(frozen=True, slots=True)

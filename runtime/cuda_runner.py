@@ -2,8 +2,8 @@
 
 A step sends its arena (cython/arena.pxd) to the device, then runs a body (from the arena to the
 hidden states of the sampled tokens) and a head (logits, sampling): CUDA graphs where the step fits
-one, of both together where it only decodes, single launches elsewhere. Sampled tokens stay on the
-device for the next step, and reach the host through pinned memory.
+one, of both together where it decodes few sequences, single launches elsewhere. Sampled tokens stay
+on the device for the next step, and reach the host through pinned memory.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from zllm.cuda.upload import Upload
 from zllm.native import arena as layout
 from zllm.native.step_objects import Plan
 from zllm.runtime.config import BLOCK_SIZE, EngineConfig
-from zllm.runtime.cuda_graphs import StepGraphs, bucket_of, choose_buckets
+from zllm.runtime.cuda_graphs import SHORT_STEP, StepGraphs, bucket_of, choose_buckets
 from zllm.runtime.cuda_memory import memory_taken, plan_memory
 from zllm.runtime.cuda_ops import CudaOps
 from zllm.runtime.cuda_programs import StepShape, compile_kernels
@@ -212,7 +212,7 @@ class CudaRunner:
         if graphs is None or size is None:
             self._run_body(plan.num_tokens, decode_only=decode_only)
             return self._run_head(plan) if plan.num_sampled else None
-        if decode_only and plan.num_sampled == plan.num_tokens:
+        if decode_only and plan.num_sampled == plan.num_tokens and size <= SHORT_STEP:
             graphs.replay("step", size)
             return None
         self._run_body(plan.num_tokens, decode_only=decode_only)
@@ -266,7 +266,8 @@ class CudaRunner:
 
     def _capture(self, graphs: StepGraphs) -> None:
         buckets = self._buckets
-        total = len(buckets.mixed) + 3 * len(buckets.decode)
+        short = tuple(size for size in buckets.decode if size <= SHORT_STEP)
+        total = len(buckets.mixed) + 2 * len(buckets.decode) + len(short)
         console = Console(stderr=True)
         with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
             task = bar.add_task("Capturing CUDA graphs", total=total)
@@ -278,7 +279,7 @@ class CudaRunner:
             graphs.capture("mixed", mixed, lambda n: self._body(n, decode_only=False), captured)
             graphs.capture("decode", decode, lambda n: self._body(n, decode_only=True), captured)
             graphs.capture("head", decode, self._head, captured)
-            graphs.capture("step", decode, self._decode_step, captured)
+            graphs.capture("step", short, self._decode_step, captured)
         torch.cuda.synchronize(self.device)
 
     def _profile(self) -> int:

@@ -33,7 +33,7 @@ def plan(**changes: object) -> object:
         "taken_before": GIB,
         "share": 1.0,
         "weights": 8 * GIB,
-        "step_peak": GIB // 4,
+        "step_peak": GIB // 8,
         "block_bytes": GIB // 1024,
         "utilization": 0.9,
         "wanted_blocks": None,

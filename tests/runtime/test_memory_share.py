@@ -30,7 +30,7 @@ def plan(
         taken_before=int(before * GIB),
         share=share,
         weights=10 * GIB,
-        step_peak=GIB // 4,  # twice that, and the reserve of graphs, make 1 GiB
+        step_peak=GIB // 8,  # twice that, and the reserve of graphs, make 1 GiB
         block_bytes=GIB,
         utilization=0.9,
         wanted_blocks=None,
