@@ -37,7 +37,8 @@ run_group() {
 say "the demo, over gRPC"
 python3 -m zllm demo 2>&1 | grep -vE "^ " | tail -24
 say "tests, and the small ones under memcheck and racecheck"
-(sanitize memcheck; sanitize racecheck) &
+sanitize memcheck &
+sanitize racecheck &
 run_group attention tests/cuda/test_{attention,decoder}.py &
 run_group linear tests/cuda/test_linear{,_many}.py &
 run_group engine tests/cuda/test_cuda_engine.py &
