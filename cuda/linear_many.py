@@ -76,8 +76,8 @@ class ManyRows:
         return self._takes(m, k, dtype) and n % 16 == 0 and share >= _MIN_USEFUL
 
     def supports_qkv(self, m: int, n: int, k: int, head_dim: int, dtype: torch.dtype) -> bool:
-        """The same of `qkv`. A second round hides how the first one's tiles end."""
-        several = WIDE.count(m, n) > self._clusters
+        """The same of `qkv`. Further rounds hide how a round's tiles end: it takes three."""
+        several = WIDE.count(m, n) > 2 * self._clusters
         fits = self._takes(m, k, dtype) and head_dim == HEAD_DIM and n % HEAD_DIM == 0
         return fits and several and WIDE.useful_share(m, n, self._clusters) >= _MIN_USEFUL
 

@@ -94,7 +94,7 @@ def test_long_prompts_go_through_the_products_of_many_rows(
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("these products are for Hopper")
     sizes = {"hidden_size": 256, "intermediate_size": 2048, "head_dim": 128}
-    heads = {"num_attention_heads": 16, "num_key_value_heads": 8}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 8}
     hf_model = make_hf_model(seed=3, max_position_embeddings=4096, **sizes, **heads)
     launched = Counter[int]()
     qkv = ManyRows.qkv

@@ -152,7 +152,8 @@ def test_few_rows_and_float32_are_left_to_others(products: ManyRows) -> None:
     assert not products.supports_gated(8192, 24576, 4096, torch.float32)
     assert products.supports_qkv(8192, 6144, 4096, 128, BF16)
     assert not products.supports_qkv(8192, 6144, 4096, 64, BF16)
-    assert not products.supports_qkv(1024, 4096, 1024, 128, BF16), "a single round of tiles"
+    assert products.supports_qkv(2048, 6144, 1024, 128, BF16)
+    assert not products.supports_qkv(2048, 4096, 1024, 128, BF16), "two rounds of tiles"
 
 
 @pytest.mark.gpu
