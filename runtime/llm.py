@@ -79,7 +79,7 @@ class LLM:
         """Run the prompts (texts, or lists of token ids) to their ends, in one continuous batch.
 
         One SamplingParams for all, or one for each. Outputs stand in the order of the prompts.
-        Raises InvalidRequest before anything runs.
+        Raises InvalidRequest, also once others of the prompts run: then they are given up.
         """
         many = _as_prompts(prompts)
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
@@ -90,18 +90,18 @@ class LLM:
             raise InvalidRequest(
                 "sampling", f"{len(params)} for {len(many)} prompts: give one, or one for each"
             )
-        ids = [self._token_ids(prompt, each) for prompt, each in zip(many, params, strict=True)]
         outputs: list[RequestOutput] = []
         room = self.engine.runner.max_num_batched_tokens
         try:
-            for prompt, tokens, each in zip(many, ids, params, strict=True):
+            for prompt, each in zip(many, params, strict=True):
+                tokens = self._token_ids(prompt, each)
                 live, request = self._request(prompt, tokens, each)
                 outputs.append(live.output)
                 self._live[request.request_id] = live
                 self.engine.add(request)
                 room -= len(tokens)
                 if -len(tokens) < room <= 0:
-                    self._step()  # the first step is full: it runs while the rest is queued
+                    self._step()  # the first step is full: it runs while the rest is read
             while self._live:
                 self._step()
         finally:

@@ -84,13 +84,21 @@ def test_log_probabilities_add_up(llm: LLM) -> None:
 @pytest.mark.parametrize(
     ("prompt", "field"), [([], "prompt"), ([5, 10**6], "token_ids"), ([1] * 2048, "prompt")]
 )
-def test_a_bad_prompt_is_refused_before_anything_runs(
-    llm: LLM, prompt: list[int], field: str
-) -> None:
+def test_a_bad_prompt_is_refused(llm: LLM, prompt: list[int], field: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         llm.generate(["fine", prompt], GREEDY)
     assert caught.value.field == field
     assert not llm.engine.has_work()
+
+
+def test_a_bad_prompt_gives_up_those_that_run_already(llm: LLM) -> None:
+    steps = llm.engine.load().steps
+    a_full_step = [[7] * 1000] * (llm.engine.runner.max_num_batched_tokens // 1000 + 1)
+    with pytest.raises(InvalidRequest, match="outside the vocabulary"):
+        llm.generate([*a_full_step, [10**6]], GREEDY)
+    assert llm.engine.load().steps > steps, "nothing ran when the bad one was read"
+    assert not llm.engine.has_work()
+    assert llm.engine.load().running_requests == 0
 
 
 def test_a_folder_without_a_tokenizer_takes_token_ids(tmp_path: Path) -> None:
