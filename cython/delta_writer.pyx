@@ -6,6 +6,7 @@ from contextvars import Context
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_XDECREF
 
+from zllm.errors import ZllmError
 from zllm.native.pending cimport Delta, Pending
 
 cdef extern from "Python.h":
@@ -96,4 +97,5 @@ cdef class DeltaWriter:
 
     cdef fail(self, error):
         self.writing = self.waited = None
-        self.set_exception(error)
+        # As in Pending.wake. Of what nobody foresaw the log is to have all frames.
+        self.set_exception(error.with_traceback(None) if isinstance(error, ZllmError) else error)

@@ -4,6 +4,8 @@
 cimport cython
 from libc.stdint cimport int32_t, int64_t, uint8_t
 
+from zllm.errors import ZllmError
+
 
 @cython.freelist(64)
 cdef class Delta:
@@ -30,6 +32,9 @@ cdef class Pending:
             return
         try:
             waiter.set_result(self.gather())
+        except ZllmError as error:
+            # The stream keeps its error: with frames of its own that would keep the stream.
+            waiter.set_exception(error.with_traceback(None))
         except Exception as error:
             waiter.set_exception(error)
 

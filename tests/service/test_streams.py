@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import struct
+import weakref
 
 import pytest
 from hypothesis import given
@@ -40,6 +42,26 @@ async def test_the_first_token_goes_out_alone_and_later_ones_merge() -> None:
     assert rest.finish is not None
     assert rest.finish.reason is FinishReason.LENGTH
     assert stream.completion_tokens == len(IDS)
+
+
+async def test_a_stream_whose_error_nobody_takes_is_gone_at_once() -> None:
+    """Its client leaves in the turn in which it fails. Without a garbage collection: what a request
+    holds would stay until one."""
+    stream = make()
+    gone = weakref.ref(stream)
+    waiting = asyncio.create_task(stream.take())
+    await asyncio.sleep(0)
+    gc.disable()
+    try:
+        stream.fail(Unavailable("the engine restarts"))
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        del stream, waiting
+        await asyncio.sleep(0)  # the loop's turn that woke this test holds the task
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 async def test_take_waits_until_something_comes() -> None:
