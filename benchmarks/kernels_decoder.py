@@ -10,14 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import sys
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 
 import torch
-from kernels_linear import read_bandwidth, time_graph
+from kernels_linear import read_bandwidth, time_graph, write_result
 from torch import Tensor
 
 from zllm.cuda.attention import AttentionSpec, PagedAttention
@@ -118,16 +115,7 @@ def main() -> None:
             print(json.dumps(found[-1]), flush=True)
         del bench
         torch.cuda.empty_cache()
-    if args.json:
-        result = {
-            "date": date.today().isoformat(),
-            "gpu": torch.cuda.get_device_name(),
-            "versions": {"torch": torch.__version__, "python": platform.python_version()},
-            "command": " ".join(["python", *sys.argv]),
-            "read_tb_s": round(rate / 1e12, 3),
-            "layers": found,
-        }
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(args.json, read_tb_s=round(rate / 1e12, 3), layers=found)
 
 
 if __name__ == "__main__":

@@ -76,6 +76,20 @@ def time_graph(body: Callable[[], object], target_ms: float = 5.0) -> float:
     return median(run(times) for _ in range(5))
 
 
+def write_result(path: Path | None, **measured: object) -> None:
+    """What was measured, with date, GPU, versions and command; nothing without a path."""
+    if path is None:
+        return
+    result = {
+        "date": date.today().isoformat(),
+        "gpu": torch.cuda.get_device_name(),
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "command": " ".join(["python", *sys.argv]),
+        **measured,
+    }
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
 def read_bandwidth(pool: Tensor) -> float:
     """Bytes a second of a reduction over 4 GB."""
     data = pool[:2_000_000_000].view(torch.float32)
@@ -188,17 +202,9 @@ def main() -> None:
         part.normal_(0, 0.02)
     rate = read_bandwidth(pool)
     print(f"reading: {rate / 1e12:.3f} TB/s", flush=True)
-    result = {
-        "date": date.today().isoformat(),
-        "gpu": torch.cuda.get_device_name(),
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "command": " ".join(["python", *sys.argv]),
-        "read_tb_s": round(rate / 1e12, 3),
-        "models": model_times(ours, pool, rate),
-        "layers": [] if args.models_only else layer_times(ours, pool, rate),
-    }
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    models = model_times(ours, pool, rate)
+    layers = [] if args.models_only else layer_times(ours, pool, rate)
+    write_result(args.json, read_tb_s=round(rate / 1e12, 3), models=models, layers=layers)
 
 
 if __name__ == "__main__":

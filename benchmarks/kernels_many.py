@@ -10,16 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import sys
 from collections.abc import Callable, Iterator
-from datetime import date
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from kernels_linear import MODELS, time_graph
+from kernels_linear import MODELS, time_graph, write_result
 from torch import Tensor
 
 from zllm.cuda.activation import silu_mul
@@ -107,15 +104,7 @@ def main() -> None:
                 }
             )
             print(json.dumps(found[-1]), flush=True)
-    if args.json:
-        result = {
-            "date": date.today().isoformat(),
-            "gpu": torch.cuda.get_device_name(),
-            "versions": {"torch": torch.__version__, "python": platform.python_version()},
-            "command": " ".join(["python", *sys.argv]),
-            "products": found,
-        }
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(args.json, products=found)
 
 
 if __name__ == "__main__":

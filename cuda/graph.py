@@ -21,7 +21,7 @@ class GraphLaunch:
         self._graph = graph  # which owns what is launched
         self._device = device
         self._launch = driver.cuGraphLaunch
-        # torch shows its instance of a graph from 2.9 on.
+        # Newer ones than our oldest torch show their instance of a graph.
         instance = getattr(graph, "raw_cuda_graph_exec", None)
         self._instance = driver.CUgraphExec(int(instance())) if instance else None
 

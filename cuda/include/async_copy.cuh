@@ -28,11 +28,6 @@ template <int Size> struct RingPlace {
   __device__ __forceinline__ void advance() {
     if (++index == Size) index = 0, parity ^= 1;
   }
-  __device__ __forceinline__ void skip(int steps) {
-    index += steps;
-    parity ^= index / Size & 1;
-    index %= Size;
-  }
 };
 
 #if __CUDA_ARCH__ >= 900

@@ -2,9 +2,9 @@
 // linear_gated.cu and linear_qkv.cu share. They differ in how a tile ends.
 //
 // Persistent thread blocks of three warpgroups, on tiles of 128 rows of x by COLUMNS of W. Two
-// multiply, 64 rows of x each, and leave their sums, rounded, in shared memory. Of the third, one thread brings
-// 64 k at a time with the tensor copy engine, and three warps end a tile while the next is
-// multiplied. The two thread blocks of a cluster have other rows of x and the same of W, of which
+// multiply, 64 rows of x each, and leave their sums, rounded, in shared memory. Of the third, one
+// thread brings 64 k at a time with the tensor copy engine, and three warps end a tile while the next
+// is multiplied. The two thread blocks of a cluster have other rows of x and the same of W, of which
 // each brings half for both.
 //
 // The copies and the products move as many bytes through shared memory as it can: what the last three
