@@ -149,9 +149,10 @@ __device__ __forceinline__ Partial draw_chunk(const SCALAR* row, int begin, int 
             my_sum = sum;
           }
         }
-        const int my_id = id + lane * kStep;
-        if (lane < kDepth && my_id < end)
-          chunks[my_id / kChunk] = (my_most + fast_log2(my_sum)) * kLn2;
+        // By where the chunk begins: of the last one, this lane's own logits may be past the end.
+        const int chunk = (id + lane * kStep) / kChunk;
+        if (lane < kDepth && chunk * kChunk < end)
+          chunks[chunk] = (my_most + fast_log2(my_sum)) * kLn2;
       });
   __syncthreads();
   // The noise is made here and not above, where few lanes at a time would have any to make.

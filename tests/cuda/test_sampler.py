@@ -163,6 +163,26 @@ def test_uncut_rows_of_any_vocabulary_small(
     assert torch.equal(batch.sample(sampler, logits), batch.expected(logits))
 
 
+@pytest.mark.parametrize("likely", [True, False])
+@pytest.mark.parametrize(
+    ("vocab", "dtype"), [(1028, torch.float32), (2056, torch.bfloat16), (50257, torch.float16)]
+)
+def test_a_vocabularys_last_few_tokens_are_drawn_when_they_are_likely_small(
+    kernels: KernelLibrary, vocab: int, dtype: torch.dtype, likely: bool
+) -> None:
+    """A chunk that ends before most of its lanes' tokens has its say. Both ways, so that whatever
+    an unwritten score holds gives one of them away."""
+    torch.manual_seed(13)
+    rows = 8
+    logits = _logits(rows, vocab, FLAT, torch.float32)
+    last = vocab // 64 * 64
+    logits[:, last:] += 20.0 if likely else -20.0
+    batch = _Rows(rows, _params(rows, temperature=1.0))
+    tokens = batch.sample(Sampler(kernels, arena.MACROS, dtype, vocab, rows), logits.to(dtype))
+    assert torch.equal(tokens, batch.expected(logits.to(dtype)))
+    assert bool((tokens >= last).all() if likely else (tokens < last).all())
+
+
 def test_uncut_tokens_are_distributed_as_they_should_be(kernels: KernelLibrary) -> None:
     torch.manual_seed(10)
     rows, vocab, temperature = 20_000, 203, 1.5
