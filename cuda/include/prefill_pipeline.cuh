@@ -141,31 +141,29 @@ __device__ __forceinline__ void produce_blocks(Items items, u32 stages, u32 full
   }
 }
 
-// Brings queries in the swizzled order, zeros behind the last one: two warps.
+// Brings queries in the swizzled order, the last one again behind it: two warps, a thread always the
+// same 16 bytes of a row. They go on to the next item while these copies are under way: what
+// multiplies must fence_async_proxy() when they are there.
 __device__ __forceinline__ void produce_queries(Items items, Addresses at, const SCALAR* q,
                                                 int q_stride) {
-  constexpr int kChunks = HEAD_DIM / 8;
+  constexpr int kChunks = HEAD_DIM / 8, kRowsAtOnce = kQueryThreads / kChunks;
+  const int thread = threadIdx.x - 64, chunk = thread % kChunks;
   RingPlace<kQueryBuffers> buffer;
   buffer.parity = 1;
   while (items.next()) {
-    const SCALAR* q_head = q + static_cast<i64>(items.tile.query) * q_stride +
-                           items.head * (GROUP * HEAD_DIM);
+    const SCALAR* const from = q + static_cast<i64>(items.tile.query) * q_stride +
+                               items.head * (GROUP * HEAD_DIM) + chunk * 8;
+    const u32 to = at.query(buffer.index) + chunk / 8 * kQueryColumnBytes;
     barrier_wait(at.query_empty(buffer.index), buffer.parity);
-#pragma unroll 2
-    for (int i = threadIdx.x - 64; i < kTileRows * kChunks; i += kQueryThreads) {
-      const int row = i / kChunks, chunk = i % kChunks;
-      const int m = items.tile.tile * kTileRows + row, token = m / GROUP;
-      const bool valid = token < items.tile.queries;
-      const SCALAR* from =
-          q_head + (valid ? static_cast<i64>(token) * q_stride + m % GROUP * HEAD_DIM : 0);
-      const u32 to = row / kGroupRows * kQueryGroupBytes + chunk / 8 * kQueryColumnBytes +
-                     row % kGroupRows * 128 + ((chunk ^ row) & 7) * 16;
-      cp_async_16(at.query(buffer.index) + to, from + chunk * 8, valid);
+#pragma unroll 4
+    for (int row = thread / kChunks; row < kTileRows; row += kRowsAtOnce) {
+      const int m = items.tile.tile * kTileRows + row;
+      const int token = min(m / GROUP, items.tile.queries - 1);
+      cp_async_16(to + row / kGroupRows * kQueryGroupBytes + row % kGroupRows * 128 +
+                      ((chunk ^ row) & 7) * 16,
+                  from + token * q_stride + m % GROUP * HEAD_DIM);
     }
-    cp_async_commit();
-    cp_async_wait<0>();
-    fence_async_proxy();
-    barrier_arrive(at.query_full(buffer.index));
+    barrier_arrive_after_copies(at.query_full(buffer.index));
     buffer.advance();
   }
 }

@@ -281,6 +281,7 @@ __device__ __forceinline__ void consume(Items items, Addresses at, SCALAR* out, 
   rows.begin(items, group);
   u32 query = at.query(0) + group * kQueryGroupBytes;
   barrier_wait(at.query_full(0), 0);
+  fence_async_proxy();
   barrier_wait(at.keys_full(0), 0);
   wgmma_own(s);
   wgmma_fence();
@@ -308,6 +309,7 @@ __device__ __forceinline__ void consume(Items items, Addresses at, SCALAR* out, 
       rows.begin(items, group);
       query = at.query(buffer.index) + group * kQueryGroupBytes;
       barrier_wait(at.query_full(buffer.index), buffer.parity);
+      fence_async_proxy();
     }
     barrier_wait(at.keys_full(key_stage.index), key_stage.parity);
     take_turn(group);
