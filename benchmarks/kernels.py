@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from zllm.cuda.activation import silu_mul
-from zllm.cuda.batch import BatchExpander, BatchTables, allocate
+from zllm.cuda.batch import Arenas, BatchExpander, BatchTables, allocate
 from zllm.cuda.blocks import copy_blocks
 from zllm.cuda.embedding import take_rows
 from zllm.cuda.launcher import KernelLibrary
@@ -195,8 +195,10 @@ def step_cases(kernels: KernelLibrary) -> Iterator[Case]:
             words[arena.H_NUM_TABLE_UPDATES] = rows // 16
             shapes = ((257, 2560), (257, arena.PARAM_WORDS), (257,))
             tables = BatchTables(*(torch.zeros(s, device="cuda", dtype=INT) for s in shapes))
-            target, device_words = allocate(rows, rows, rows, kernels.device), words.cuda()
-            return lambda: expand(device_words, tables, target)
+            target = allocate(rows, rows, rows, kernels.device)
+            arenas = Arenas.allocate(len(words), kernels.device)
+            arenas.own[: len(words)] = words  # as no other is due, this one is expanded every time
+            return lambda: expand(arenas, tables, target)
 
         yield Case(f"expand batch, {rows} decodes (2 launches)", rows * 60, batch)
 

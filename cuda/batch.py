@@ -1,4 +1,4 @@
-"""Expands a step's arena on the device (kernels/batch.cu)."""
+"""Takes a step's arena over and expands it on the device (kernels/batch.cu)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from torch import Tensor
 from zllm.cuda.checks import INT, require
 from zllm.cuda.compiler import Program
 from zllm.cuda.launcher import KernelLibrary
+from zllm.errors import KernelError
+
+_TAKE_THREADS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +26,23 @@ class BatchTables:
     """[max_num_seqs + 1, PARAM_WORDS]."""
     last_token: Tensor
     """[max_num_seqs + 1] the token last sampled for the row."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arenas:
+    """The arenas of steps (cython/arena.pxd), int32 [words] each, a multiple of 4: two in pinned
+    memory, which the host fills in turn, and the device's own, which has the last step's."""
+
+    first: Tensor
+    second: Tensor
+    own: Tensor
+
+    @staticmethod
+    def allocate(num_words: int, device: int) -> Arenas:
+        """All zeros, for `num_words` words at least."""
+        words = -(-num_words // 4) * 4
+        first, second = (torch.zeros(words, dtype=torch.int32, pin_memory=True) for _ in range(2))
+        return Arenas(first, second, torch.zeros_like(first, device=f"cuda:{device}"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,27 +76,29 @@ class BatchExpander:
 
     def __init__(self, kernels: KernelLibrary, arena_macros: Mapping[str, int]) -> None:
         which = program(arena_macros)
-        self._apply = kernels.get(which.source, "apply_updates", which.defines)
+        self._take = kernels.get(which.source, "take_arena", which.defines)
         self._expand = kernels.get(which.source, "expand_batch", which.defines)
         self._device = kernels.device
         self._pdl = kernels.pdl
         self._param_words = arena_macros["PARAM_WORDS"]
 
-    def __call__(self, arena: Tensor, tables: BatchTables, batch: BatchTensors) -> None:
-        """Apply the arena's updates to `tables`, then fill `batch` and pad it: tokens 0 at
-        position 0 of slot 0, empty rows of the padding row, samples of token 0 and the padding
-        row.
+    def __call__(self, arenas: Arenas, tables: BatchTables, batch: BatchTensors) -> None:
+        """Take over the arena of the step after the one that `arenas.own` has, apply its updates to
+        `tables`, then fill `batch` and pad it: tokens 0 at position 0 of slot 0, empty rows of the
+        padding row, samples of token 0 and the padding row. Where no pinned arena is of that step,
+        the one that `own` has is done again.
 
-        arena: int32 [words] on the device, the step's copy. Real sizes are read on the device, so
-        a captured launch serves every step that fits `batch`; the caller sees to it that it does.
+        Real sizes are read on the device, so a captured launch serves every step that fits `batch`;
+        the caller sees to it that it does.
         """
-        self._check(arena, tables, batch)
+        self._check(arenas, tables, batch)
         num_rows, max_blocks = tables.block_table.shape
         p, r, s = len(batch.tokens), len(batch.rows), len(batch.sample_rows)
-        self._apply.launch(
-            (32, 1, 1),
-            (256, 1, 1),
-            (tables.block_table, tables.params, arena, max_blocks),
+        pinned = arenas.first, arenas.second
+        self._take.launch(
+            (1, 1, 1),
+            (_TAKE_THREADS, 1, 1),
+            (arenas.own, tables.block_table, tables.params, *pinned, max_blocks),
             pdl=self._pdl,
         )
         self._expand.launch(
@@ -91,7 +113,7 @@ class BatchExpander:
                 batch.kv_len,
                 batch.sample_tokens,
                 batch.sample_rows,
-                arena,
+                arenas.own,
                 tables.block_table,
                 tables.last_token,
                 max_blocks,
@@ -103,9 +125,18 @@ class BatchExpander:
             pdl=self._pdl,
         )
 
-    def _check(self, arena: Tensor, tables: BatchTables, batch: BatchTensors) -> None:
+    def _check(self, arenas: Arenas, tables: BatchTables, batch: BatchTensors) -> None:
         device = self._device
-        require("arena", arena, INT, (None,), device)
+        require("arenas.own", arenas.own, INT, (None,), device)
+        (words,) = arenas.own.shape
+        for name, arena in (("first", arenas.first), ("second", arenas.second)):
+            fits = arena.dtype in INT and arena.shape == (words,) and words % 4 == 0
+            if not fits or not arena.is_pinned():
+                raise KernelError(
+                    f"arenas.{name} is {arena.dtype} {list(arena.shape)}, pinned: "
+                    f"{arena.is_pinned()}; it must be int32 [{words}] like arenas.own, a multiple "
+                    "of 4, in pinned memory"
+                )
         require("block_table", tables.block_table, INT, (None, None), device)
         num_rows = tables.block_table.shape[0]
         require("params", tables.params, INT, (num_rows, self._param_words), device)

@@ -52,6 +52,17 @@ class Bias:
     """[max_num_seqs + 1] int32: how many of them the row has."""
 
 
+@dataclass(frozen=True, slots=True)
+class HostTokens:
+    """Where a step's tokens reach the host without a copy, once the stream has come past them. Two
+    halves take turns by the step's number, so that one step's may be read while the next writes."""
+
+    tokens: Tensor
+    """[2, at least S] int32 in pinned memory: of even and of odd steps."""
+    step: Tensor
+    """[1] int32 on the device: the step's number."""
+
+
 def programs(dtype: torch.dtype, vocab: int, arena_macros: Mapping[str, int]) -> list[Program]:
     """What Sampler launches, for parallel compilation. `arena_macros`: the arena's P_ numbers and
     PARAM_WORDS."""
@@ -101,17 +112,23 @@ class Sampler:
         tokens: Tensor,
         last_token: Tensor,
         counts: Tensor | None = None,
+        host: HostTokens | None = None,
     ) -> None:
         """[S, V] -> tokens int32 [S], and last_token[row] of each: greedy where the temperature is
         0, else Gumbel-max over what min-p, then top-k, then top-p allow. -1 where a row's logits
         hold NaN or +inf, or are all -inf.
 
-        counts: int16 [max_num_seqs + 1, V] or None; counts the sampled tokens for `edit`.
+        counts: int16 [max_num_seqs + 1, V] or None; counts the sampled tokens for `edit`. `host`
+        gets the tokens, too.
         """
         num = self._check(logits, rows)
         require("tokens", tokens, INT, (num,), self._device)
         require("last_token", last_token, INT, (rows.params.shape[0],), self._device)
         self._check_counts(counts, rows.params.shape[0])
+        to_host: tuple[Tensor | None, Tensor | None, int] = (None, None, 0)
+        if host is not None:
+            self._check_host(host, num)
+            to_host = host.tokens, host.step, host.tokens.shape[1]
         splits = self._splits(num)
         where = (rows.params, rows.sample_rows, rows.sample_tokens, rows.positions)
         scratch = (self._partials, self._chunks)
@@ -119,7 +136,7 @@ class Sampler:
         self._choose.launch(
             (num, 1, 1),
             (_CHOOSE_THREADS, 1, 1),
-            (tokens, last_token, counts, *scratch, logits, *where, splits),
+            (tokens, last_token, counts, *scratch, logits, *where, splits, *to_host),
             shared_bytes=self._shared_bytes,
             pdl=self._pdl,
         )
@@ -209,6 +226,20 @@ class Sampler:
         require("sample_tokens", rows.sample_tokens, INT, (num,), self._device)
         require("positions", rows.positions, INT, (None,), self._device)
         return num
+
+    def _check_host(self, host: HostTokens, count: int) -> None:
+        require("host.step", host.step, INT, (1,), self._device)
+        tokens = host.tokens
+        two_rows = tokens.dim() == 2 and tokens.shape[0] == 2 and tokens.is_contiguous()
+        if not two_rows or tokens.dtype not in INT or not tokens.is_pinned():
+            raise KernelError(
+                f"host.tokens is {tokens.dtype} {list(tokens.shape)}, pinned: "
+                f"{tokens.is_pinned()}; it must be int32 [2, capacity] in pinned memory"
+            )
+        if tokens.shape[1] < count:
+            raise KernelError(
+                f"host.tokens holds {tokens.shape[1]} tokens of a step: {count} are sampled"
+            )
 
     def _check_counts(self, counts: Tensor | None, table_rows: int) -> None:
         if counts is not None:

@@ -1,9 +1,9 @@
-"""The GPU's runner: the batch lives on the device, and a step is one copy and one or two graphs.
+"""The GPU's runner: the batch lives on the device, and a step is one or two graphs.
 
-A step sends its arena (cython/arena.pxd) to the device, then runs a body (from the arena to the
-hidden states of the sampled tokens) and a head (logits, sampling): CUDA graphs where the step fits
-one, of both together where it decodes few sequences, single launches elsewhere. Sampled tokens stay
-on the device for the next step, and reach the host through pinned memory.
+A step runs a body (from its arena, cython/arena.pxd, to the hidden states of the sampled tokens)
+and a head (logits, sampling): CUDA graphs where the step fits one, of both together where it has
+few sequences to decode, single launches elsewhere. Kernels read arenas from pinned memory and leave
+sampled tokens there; on the device tokens stay for the next step.
 """
 
 from __future__ import annotations
@@ -133,6 +133,7 @@ class CudaRunner:
         self._graphs: StepGraphs | None = None if config.enforce_eager else StepGraphs(self.device)
         self._host_tokens = self._step.host_tokens.numpy()
         self._uploads: tuple[Upload, ...] = ()
+        self._due: int | None = None  # the step whose arena the device takes over next; None: any
         # A step is collected before the one after the next is launched, which has its arena.
         self._done = (Event(kernels.device), Event(kernels.device))
         self.arenas = (np.zeros(0, np.int32), np.zeros(0, np.int32))
@@ -149,13 +150,12 @@ class CudaRunner:
         ]
 
     def allocate_arenas(self, num_words: int) -> None:
-        """Make the pinned arenas, then capture the graphs, which read the device's copy."""
-        self._step.allocate_arena(num_words)
-        first, second = (
-            torch.zeros(num_words, dtype=torch.int32, pin_memory=True) for _ in range(2)
-        )
-        self.arenas = (first.numpy(), second.numpy())
-        self._uploads = (Upload(first, self._step.arena), Upload(second, self._step.arena))
+        """Make the pinned arenas, then capture the graphs, which read them."""
+        self._step.allocate_arenas(num_words)
+        arenas = self._step.arenas
+        pinned = arenas.first, arenas.second
+        self.arenas = (arenas.first.numpy(), arenas.second.numpy())
+        self._uploads = tuple(Upload(arena, arenas.own) for arena in pinned)
         if self._graphs is not None:
             started = time.perf_counter()
             self._capture(self._graphs)
@@ -164,9 +164,14 @@ class CudaRunner:
 
     def launch(self, plan: Plan, arena_index: int) -> _Ticket:
         host = self.arenas[arena_index]
-        self._uploads[arena_index](plan.num_words)
-        if plan.num_swap_out or plan.num_swap_in or plan.num_copies:
+        moves = plan.num_swap_out or plan.num_swap_in or plan.num_copies
+        if moves:
+            # Which blocks move is read before the step's first kernel takes its arena over.
+            self._uploads[arena_index](plan.num_words)
             self._step.move_blocks(plan, host, self._cache, self._host_cache)
+        if moves or plan.step != self._due:
+            self._step.expect(plan.step)
+        self._due = plan.step + 1
         try:
             sampled, failed = self._run(plan), False
         except torch.OutOfMemoryError as error:
@@ -208,29 +213,29 @@ class CudaRunner:
 
     def _run(self, plan: Plan) -> Sampled | None:
         decode_only = plan.num_decodes == plan.num_tokens
-        graphs, size = self._graphs, self._head_size(plan)
-        if graphs is None or size is None:
-            self._run_body(plan.num_tokens, decode_only=decode_only)
-            return self._run_head(plan) if plan.num_sampled else None
-        if decode_only and plan.num_sampled == plan.num_tokens and size <= SHORT_STEP:
-            graphs.replay("step", size)
+        all_sample = decode_only and plan.num_sampled == plan.num_tokens
+        edits = bool(plan.features & EDITS)
+        # The head's graph gives nothing but tokens.
+        plain = plan.num_sampled > 0 and not edits and plan.max_logprobs < 0
+        size = bucket_of(plan.num_sampled, self._buckets.decode) if plain else None
+        if self._graphs is not None and size is not None and all_sample and size <= SHORT_STEP:
+            self._graphs.replay("step", size)
             return None
         self._run_body(plan.num_tokens, decode_only=decode_only)
-        graphs.replay("head", size)
-        return None
-
-    def _head_size(self, plan: Plan) -> int | None:
-        """The head's graph for a step; None where it samples nothing, or asks for more than tokens,
-        or has too many samples."""
-        if not plan.num_sampled or plan.features & EDITS or plan.max_logprobs >= 0:
+        if self._graphs is not None and size is not None:
+            self._graphs.replay("head", size)
             return None
-        return bucket_of(plan.num_sampled, self._buckets.decode)
+        if not plan.num_sampled:
+            return None
+        return self._head(plan.num_sampled, edits=edits, max_logprobs=plan.max_logprobs)
 
     def _run_again(self, plan: Plan) -> tuple[Sampled | None, bool]:
         """What `_run` gives, and whether it failed for good."""
+        self._step.expect(plan.step)
         try:
             return self._run(plan), False
         except torch.OutOfMemoryError as error:
+            self._due = None
             _log.error("step %d: %d rows fail: %s", plan.step, plan.num_rows, error)
             return None, True
 
@@ -242,10 +247,6 @@ class CudaRunner:
             self._body(num_tokens, decode_only=decode_only)
         else:
             self._graphs.replay(kind, size)
-
-    def _run_head(self, plan: Plan) -> Sampled:
-        edits = bool(plan.features & EDITS)
-        return self._head(plan.num_sampled, edits=edits, max_logprobs=plan.max_logprobs)
 
     def _body(self, num_tokens: int, *, decode_only: bool) -> None:
         """From the arena to the hidden states of the sampled tokens. Launches only."""

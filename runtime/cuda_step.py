@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from zllm.cuda import batch as batch_kernels
-from zllm.cuda import blocks, publish, sampler
+from zllm.cuda import blocks, sampler
 from zllm.cuda.attention import PagedAttention
 from zllm.cuda.compiler import Program
 from zllm.cuda.launcher import KernelLibrary
@@ -55,11 +55,20 @@ class CudaStep:
         """[max_samples, H]: where a step's body leaves the sampled tokens' hidden states."""
         self.host_tokens = torch.zeros(2, max_samples, dtype=torch.int32, pin_memory=True)
         """[2, max_samples]: sampled tokens of even and of odd steps."""
-        self.arena = torch.zeros(layout.HEADER_WORDS, dtype=torch.int32, device=self._device)
-        """The step's arena on the device; `allocate_arena` gives it its size."""
+        self.arenas = batch_kernels.Arenas.allocate(layout.HEADER_WORDS, kernels.device)
+        """The steps' arenas; `allocate_arenas` gives them their size."""
 
-    def allocate_arena(self, num_words: int) -> None:
-        self.arena = torch.zeros(num_words, dtype=torch.int32, device=self._device)
+    def allocate_arenas(self, num_words: int) -> None:
+        self.arenas = batch_kernels.Arenas.allocate(num_words, self._kernels.device)
+
+    def expect(self, step: int) -> None:
+        """The next arena to be taken over is that of `step`, whatever ran before."""
+        self._last_step.fill_((step - 1) & 0x7FFFFFFF)
+
+    @property
+    def _last_step(self) -> Tensor:
+        """[1]: the number of the step whose arena the device has."""
+        return self.arenas.own[layout.H_STEP : layout.H_STEP + 1]
 
     def prepare(self, num_tokens: int, num_rows: int, *, decode_only: bool) -> Batch:
         """Expand the arena to the padded sizes, and plan the attention of all layers."""
@@ -74,7 +83,7 @@ class CudaStep:
             whole.sample_tokens[:num_rows],
             whole.sample_rows[:num_rows],
         )
-        self._expand(self.arena, self._tables, sizes)
+        self._expand(self.arenas, self._tables, sizes)
         work = self._attention.plan(
             sizes.rows, sizes.q_start, sizes.kv_len, num_tokens=num_tokens, decode_only=decode_only
         )
@@ -109,8 +118,8 @@ class CudaStep:
             # Log-probabilities are those of the unmodified distribution.
             out = torch.empty_like(logits) if max_logprobs >= 0 else None
             chosen_from = self._sampler.edit(logits, rows, out=out)
-        self._sampler.sample(chosen_from, rows, tokens, self._tables.last_token)
-        publish.publish(self._kernels, self.host_tokens, tokens, self.arena, layout.H_STEP)
+        host = sampler.HostTokens(self.host_tokens, self._last_step)
+        self._sampler.sample(chosen_from, rows, tokens, self._tables.last_token, host=host)
         if max_logprobs < 0:
             return Sampled(tokens)
         return Sampled(tokens, *self._sampler.logprobs(logits, tokens, max_logprobs))
@@ -131,8 +140,8 @@ class CudaStep:
                     self._kernels,
                     target.runs(),
                     source.runs(),
-                    self.arena[start : start + 2 * count],
-                    self.arena[counted : counted + 1],
+                    self.arenas.own[start : start + 2 * count],
+                    self.arenas.own[counted : counted + 1],
                 )
 
 
@@ -140,7 +149,6 @@ def programs(dtype: torch.dtype, vocab_size: int) -> list[Program]:
     """What a step needs besides the model's own operations."""
     return [
         batch_kernels.program(layout.MACROS),
-        publish.program(layout.H_STEP),
         blocks.PROGRAM,
         *sampler.programs(dtype, vocab_size, layout.MACROS),
     ]

@@ -1,22 +1,43 @@
-// Expands a step's arena into the tensors that kernels read. Sizes come from the arena's header
-// on the device, grids from the padded sizes alone, so both kernels live in a CUDA graph.
+// Takes a step's arena over from pinned memory and expands it into the tensors that kernels read.
+// Sizes come from the arena's header on the device, grids from the padded sizes alone, so both kernels
+// live in a CUDA graph.
 //
 // The layout's numbers (H_, P_, F_ and PARAM_WORDS) are macros, given by the one who packs it.
 #include "common.cuh"
 
 constexpr int kBlockTokens = 16;
+constexpr int kTakeThreads = 1024;
 
-// Grid: any. Brings the device's tables up to date. Each (row, index) and each row is named once.
-extern "C" __global__ void __launch_bounds__(256)
-apply_updates(int* block_table, int* params, const int* __restrict__ arena, int max_blocks) {
+// Grid: 1. Copies to `own`, which has the last step's arena, that of the step after it, from the one
+// of two pinned arenas that holds it, and brings the device's tables up to date. Where neither does,
+// `own` is used as it is. Each (row, index) and each row is named once. The way to pinned memory is
+// long: it is gone twice, for the headers and for what one of them tells of.
+extern "C" __global__ void __launch_bounds__(kTakeThreads)
+take_arena(int* own, int* block_table, int* params, const int* first, const int* second,
+           int max_blocks) {
+  __shared__ int headers[3][HEADER_WORDS];
   let_next_start();
   wait_for_previous();
-  const int thread = blockIdx.x * 256 + threadIdx.x, threads = gridDim.x * 256;
-  const int* table = arena + arena[H_TABLE_UPDATES];
-  for (int i = thread; i < arena[H_NUM_TABLE_UPDATES]; i += threads)
+  for (int i = threadIdx.x; i < 3 * HEADER_WORDS; i += kTakeThreads) {
+    const int which = i / HEADER_WORDS, word = i % HEADER_WORDS;
+    headers[which][word] = (which == 0 ? own : which == 1 ? first : second)[word];
+  }
+  __syncthreads();
+  // The one that is not due may be written to right now.
+  const int due = (headers[0][H_STEP] + 1) & 0x7fffffff;
+  const int which = headers[1][H_STEP] == due ? 1 : headers[2][H_STEP] == due ? 2 : 0;
+  const int* const header = headers[which];
+  const int* const arena = which == 0 ? own : which == 1 ? first : second;
+  if (which != 0) {
+    const uint4* const vectors = reinterpret_cast<const uint4*>(arena);
+    for (int i = threadIdx.x; i < (header[H_NUM_WORDS] + 3) / 4; i += kTakeThreads)
+      reinterpret_cast<uint4*>(own)[i] = vectors[i];
+  }
+  const int* const table = arena + header[H_TABLE_UPDATES];
+  for (int i = threadIdx.x; i < header[H_NUM_TABLE_UPDATES]; i += kTakeThreads)
     block_table[i64(table[3 * i]) * max_blocks + table[3 * i + 1]] = table[3 * i + 2];
-  const int* updates = arena + arena[H_PARAM_UPDATES];
-  for (int i = thread; i < arena[H_NUM_PARAM_UPDATES] * PARAM_WORDS; i += threads) {
+  const int* const updates = arena + header[H_PARAM_UPDATES];
+  for (int i = threadIdx.x; i < header[H_NUM_PARAM_UPDATES] * PARAM_WORDS; i += kTakeThreads) {
     const int row = updates[i / PARAM_WORDS * PARAM_WORDS + P_ROW];
     params[i64(row) * PARAM_WORDS + i % PARAM_WORDS] = updates[i];
   }
@@ -67,7 +88,7 @@ __device__ __forceinline__ void list_samples(int* sample_tokens, int* sample_row
 
 // Grid: max(1, ceil(num_tokens / 256)) blocks for the tokens, one for the rows, one for the
 // samples. num_tokens, num_rows and num_samples are the padded P, R and S; pad_row is the row of
-// padding. Reads the block table: after apply_updates.
+// padding. Reads the block table: after take_arena.
 extern "C" __global__ void __launch_bounds__(256)
 expand_batch(int* tokens, int* positions, int* slots, int* rows, int* q_start, int* kv_len,
              int* sample_tokens, int* sample_rows, const int* __restrict__ arena,

@@ -363,12 +363,14 @@ __device__ __forceinline__ int draw_token(const SCALAR* row, int chunk, const Pa
 }
 
 // Grid: S. tokens [S]; last_token [rows + 1]; counts [rows + 1, VOCAB] or null: its low 15 bits
-// count the tokens that a row has sampled.
+// count the tokens that a row has sampled; host [2, host_capacity], in pinned memory, or null: even
+// steps' tokens and odd steps'.
 extern "C" __global__ void __launch_bounds__(kChooseThreads)
 choose_tokens(int* tokens, int* last_token, u16* counts, const Partial* __restrict__ partials,
               const float* chunks, const SCALAR* logits, const int* __restrict__ table,
               const int* __restrict__ sample_rows, const int* __restrict__ sample_tokens,
-              const int* __restrict__ positions, int splits) {
+              const int* __restrict__ positions, int splits, int* host,
+              const int* __restrict__ step, int host_capacity) {
   extern __shared__ __align__(16) char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   let_next_start();
@@ -397,6 +399,7 @@ choose_tokens(int* tokens, int* last_token, u16* counts, const Partial* __restri
   if (threadIdx.x == 0) {
     tokens[s] = token;
     last_token[device_row] = token;
+    if (host != nullptr) host[(*step & 1) * host_capacity + s] = token;
     if (counts != nullptr && token >= 0) {
       u16& count = counts[i64(device_row) * VOCAB + token];
       if ((count & 0x7fff) < 0x7fff) ++count;

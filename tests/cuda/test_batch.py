@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from zllm.cuda.batch import BatchExpander, BatchTables, allocate
+from zllm.cuda.batch import Arenas, BatchExpander, BatchTables, BatchTensors, allocate
 from zllm.cuda.launcher import KernelLibrary
 from zllm.errors import KernelError
 from zllm.native import arena as layout
@@ -114,25 +114,38 @@ def test_arena_becomes_the_padded_batch(
     }
     device = BatchTables(**{name: torch.from_numpy(t.copy()).cuda() for name, t in tables.items()})
     batch = allocate(padded_tokens, padded_rows, padded_rows, kernels.device)
-    arena = torch.zeros(100_000, dtype=torch.int32, device="cuda")
+    arenas = Arenas.allocate(100_000, kernels.device)
     expand = BatchExpander(kernels, layout.MACROS)
-    expand(arena, device, batch)  # an empty step, which also warms up what capture forbids
+    expand(arenas, device, batch)  # an empty step, which also warms up what capture forbids
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        expand(arena, device, batch)
-    for _ in range(2):  # the second step must not see what the first left
+        expand(arenas, device, batch)
+    arenas.own[layout.H_STEP] = 2**31 - 2  # the number after the next begins anew
+    numbers = [2**31 - 1, 0, 1]
+    for number, pinned in zip(numbers, (arenas.first, arenas.second, arenas.first), strict=True):
+        # Nothing may be left of the step before, in its own arena or in this one's place.
         step = _Step(rng, tables, lengths)
-        for field in fields(batch):
-            getattr(batch, field.name).fill_(-7)
-        arena[: len(step.arena)] = torch.from_numpy(step.arena)
-        graph.replay()
-        for name, (expected, padding) in step.expected.items():
-            got = getattr(batch, name).cpu().numpy()
-            assert np.array_equal(got[: len(expected)], expected), name
-            assert np.all(got[len(expected) :] == padding), f"{name}: padding"
-        for name in ("block_table", "params"):
-            assert np.array_equal(getattr(device, name).cpu().numpy(), step.tables[name]), name
+        step.arena[layout.H_STEP] = number
+        pinned[: len(step.arena)] = torch.from_numpy(step.arena)
+        _replay(graph, batch, device, step)
         tables = step.tables
+    # Nobody has packed the step after it: the same one again.
+    _replay(graph, batch, device, step)
+    assert arenas.own[layout.H_STEP] == numbers[-1]
+
+
+def _replay(
+    graph: torch.cuda.CUDAGraph, batch: BatchTensors, device: BatchTables, step: _Step
+) -> None:
+    for field in fields(batch):
+        getattr(batch, field.name).fill_(-7)
+    graph.replay()
+    for name, (expected, padding) in step.expected.items():
+        got = getattr(batch, name).cpu().numpy()
+        assert np.array_equal(got[: len(expected)], expected), name
+        assert np.all(got[len(expected) :] == padding), f"{name}: padding"
+    for name in ("block_table", "params"):
+        assert np.array_equal(getattr(device, name).cpu().numpy(), step.tables[name]), name
 
 
 def test_a_tensor_of_another_size_is_named(kernels: KernelLibrary) -> None:
@@ -143,4 +156,4 @@ def test_a_tensor_of_another_size_is_named(kernels: KernelLibrary) -> None:
     batch = allocate(16, 4, 4, kernels.device)
     tables = BatchTables(zeros(5, 8), zeros(5, 3), zeros(5))
     with pytest.raises(KernelError, match=r"params has shape \[5, 3\]"):
-        expand(zeros(100), tables, batch)
+        expand(Arenas.allocate(100, kernels.device), tables, batch)

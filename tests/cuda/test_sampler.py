@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.runtime.draws import assert_drawn_from
 from zllm.cuda.launcher import KernelLibrary
-from zllm.cuda.sampler import Bias, SampledRows, Sampler
+from zllm.cuda.sampler import Bias, HostTokens, SampledRows, Sampler
 from zllm.errors import KernelError
 from zllm.native import arena
 from zllm.runtime import torch_sampler
@@ -348,6 +348,23 @@ def test_a_failed_row_has_no_logprob_small(kernels: KernelLibrary) -> None:
     assert ranks.item() == 0
 
 
+def test_even_and_odd_steps_have_a_place_each_on_the_host_small(kernels: KernelLibrary) -> None:
+    torch.manual_seed(14)
+    rows, vocab = 5, 1000
+    sampler = Sampler(kernels, arena.MACROS, torch.float32, vocab, rows)
+    batch = _Rows(rows, _params(rows))
+    step = torch.zeros(1, dtype=torch.int32, device="cuda")
+    host = HostTokens(torch.full((2, 8), -7, dtype=torch.int32, pin_memory=True), step)
+    for number in (6, 7, 8):
+        step.fill_(number)
+        logits = _logits(rows, vocab, FLAT, torch.float32)
+        sampler.sample(logits.cuda(), batch.device, batch.tokens, batch.last_token, host=host)
+        torch.cuda.synchronize()
+        assert torch.equal(host.tokens[number % 2, :rows], batch.tokens.cpu())
+        assert torch.equal(batch.tokens.cpu(), logits.argmax(-1).int())
+        assert bool((host.tokens[:, rows:] == -7).all())
+
+
 def test_arguments_that_do_not_fit_are_named(kernels: KernelLibrary) -> None:
     sampler = Sampler(kernels, arena.MACROS, torch.float32, 1000, 4)
     batch = _Rows(4, _params(4))
@@ -360,5 +377,14 @@ def test_arguments_that_do_not_fit_are_named(kernels: KernelLibrary) -> None:
         tokens = torch.zeros(len(logits), dtype=torch.int32, device="cuda")
         with pytest.raises(KernelError, match=match):
             sampler.sample(logits.cuda(), batch.device, tokens, batch.last_token)
+    logits, tokens = torch.zeros(4, 1000, device="cuda"), torch.zeros(4).int().cuda()
+    step = torch.zeros(1, dtype=torch.int32, device="cuda")
+    for match, pinned in (
+        (r"host.tokens is torch.int32 \[2, 4\], pinned: False", torch.zeros(2, 4).int()),
+        ("host.tokens holds 3 tokens of a step: 4", torch.zeros(2, 3).int().pin_memory()),
+    ):
+        host = HostTokens(pinned, step)
+        with pytest.raises(KernelError, match=match):
+            sampler.sample(logits, batch.device, tokens, batch.last_token, host=host)
     with pytest.raises(KernelError, match="vocab is 300000"):
         Sampler(kernels, arena.MACROS, torch.float32, 300_000, 4)
