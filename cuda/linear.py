@@ -21,6 +21,7 @@ from zllm.cuda.linear_plans import (
     Skinny,
     Tiled,
     faster_than_cublas,
+    is_head,
     skinny_plan,
     tiled_plan,
     tiles_are_faster,
@@ -57,6 +58,8 @@ class SkinnyLinear:
         properties: Any = torch.cuda.get_device_properties(library.device)
         self._hopper: bool = (properties.major, properties.minor) == (9, 0)
         self._limit = min(SHARED_BYTES, properties.shared_memory_per_block_optin)
+        # Of which two blocks do not fit: each costs 1,024 bytes besides.
+        self._alone = properties.shared_memory_per_multiprocessor // 2 - 1024 + 16
         self.max_rows = TILE_ROWS[-1] if self._hopper else 16
         """Rows of x that `linear` takes."""
         self._maps = TensorMaps()
@@ -107,11 +110,16 @@ class SkinnyLinear:
             return out
         macros = _macros(plan, x.dtype, norm is not None, residual is not None, gated)
         blocks = min(n, self._library.num_sms)
+        shared_bytes = plan.shared_bytes(norm is not None)
+        if is_head(n, self._library.num_sms):
+            # A short kernel comes before it. While that ends here, two of these blocks would start
+            # there, and the others would wait for these for a third of their time (decision 060).
+            shared_bytes = max(shared_bytes, self._alone)
         self._library.get(*_SKINNY, macros).launch(
             (blocks, 1, 1),
             (plan.threads, 1, 1),
             (x, weight, out, residual, norm, float(eps), m, n, k),
-            shared_bytes=plan.shared_bytes(norm is not None),
+            shared_bytes=shared_bytes,
             pdl=self._library.pdl,
         )
         return out

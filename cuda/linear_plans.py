@@ -158,6 +158,11 @@ def _ceil(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def is_head(n: int, num_sms: int) -> bool:
+    """Whether n rows of W are a vocabulary's: far more than one tile for each multiprocessor."""
+    return n > _MOST_COLUMNS * num_sms
+
+
 def skinny_plan(m: int, n: int, num_sms: int) -> Skinny:
     """For up to 16 rows of x and n of W."""
     short = n <= 16 * num_sms
@@ -219,4 +224,4 @@ def faster_than_cublas(m: int, n: int, k: int, num_sms: int, hopper: bool) -> bo
         return m <= 16 and n * k <= 20_000_000
     # Where cuBLAS is up to 10% faster alone (a 4B or 8B model's o, above 192 rows), one ordinary
     # launch in a chain of overlapping ones costs as much.
-    return m <= (64 if n > _MOST_COLUMNS * num_sms else TILE_ROWS[-1])
+    return m <= (64 if is_head(n, num_sms) else TILE_ROWS[-1])
