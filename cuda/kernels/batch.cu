@@ -11,7 +11,8 @@ constexpr int kTakeThreads = 1024;
 // Grid: 1. Copies to `own`, which has the last step's arena, that of the step after it, from the one
 // of two pinned arenas that holds it, and brings the device's tables up to date. Where neither does,
 // `own` is used as it is. Each (row, index) and each row is named once. The way to pinned memory is
-// long: it is gone twice, for the headers and for what one of them tells of.
+// long: it is gone twice, for the headers and for what one of them tells of. An L1 may hold what stood
+// there two steps ago: all is read past it.
 extern "C" __global__ void __launch_bounds__(kTakeThreads)
 take_arena(int* own, int* block_table, int* params, const int* first, const int* second,
            int max_blocks) {
@@ -20,7 +21,7 @@ take_arena(int* own, int* block_table, int* params, const int* first, const int*
   wait_for_previous();
   for (int i = threadIdx.x; i < 3 * HEADER_WORDS; i += kTakeThreads) {
     const int which = i / HEADER_WORDS, word = i % HEADER_WORDS;
-    headers[which][word] = (which == 0 ? own : which == 1 ? first : second)[word];
+    headers[which][word] = __ldcg((which == 0 ? own : which == 1 ? first : second) + word);
   }
   __syncthreads();
   // The one that is not due may be written to right now.
@@ -31,15 +32,16 @@ take_arena(int* own, int* block_table, int* params, const int* first, const int*
   if (which != 0) {
     const uint4* const vectors = reinterpret_cast<const uint4*>(arena);
     for (int i = threadIdx.x; i < (header[H_NUM_WORDS] + 3) / 4; i += kTakeThreads)
-      reinterpret_cast<uint4*>(own)[i] = vectors[i];
+      reinterpret_cast<uint4*>(own)[i] = __ldcg(vectors + i);
   }
   const int* const table = arena + header[H_TABLE_UPDATES];
   for (int i = threadIdx.x; i < header[H_NUM_TABLE_UPDATES]; i += kTakeThreads)
-    block_table[i64(table[3 * i]) * max_blocks + table[3 * i + 1]] = table[3 * i + 2];
+    block_table[i64(__ldcg(table + 3 * i)) * max_blocks + __ldcg(table + 3 * i + 1)] =
+        __ldcg(table + 3 * i + 2);
   const int* const updates = arena + header[H_PARAM_UPDATES];
   for (int i = threadIdx.x; i < header[H_NUM_PARAM_UPDATES] * PARAM_WORDS; i += kTakeThreads) {
-    const int row = updates[i / PARAM_WORDS * PARAM_WORDS + P_ROW];
-    params[i64(row) * PARAM_WORDS + i % PARAM_WORDS] = updates[i];
+    const int row = __ldcg(updates + i / PARAM_WORDS * PARAM_WORDS + P_ROW);
+    params[i64(row) * PARAM_WORDS + i % PARAM_WORDS] = __ldcg(updates + i);
   }
 }
 
