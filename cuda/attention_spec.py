@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from zllm.cuda.compiler import Program
+from zllm.cuda.occupancy import bytes_for_at_most
 from zllm.errors import KernelError
 
 BLOCK_TOKENS = 16
@@ -147,10 +148,8 @@ def decode_config(spec: AttentionSpec, arch: str) -> DecodeConfig:
         useful = 128 * 1024 // (blocks_per_sm * DECODE_WARPS * 2 * spec.run_bytes)
         stages = min(room // stage_bytes, _MAX_STAGES, useful if blocks_per_sm > 1 else _MAX_STAGES)
         if stages >= (2 if blocks_per_sm > 1 else 1):
-            # One more must not fit: thread blocks of the next launch that arrive early would
-            # crowd on some multiprocessors, and equal shares would not end together.
-            crowd = sm_kib * 1024 // (blocks_per_sm + 1) - 1024 + 16
-            shared_bytes = max(stages * stage_bytes + merge_bytes, crowd)
+            alone = bytes_for_at_most(blocks_per_sm, sm_kib * 1024)
+            shared_bytes = max(stages * stage_bytes + merge_bytes, alone)
             return DecodeConfig(blocks_per_sm, stages, shared_bytes)
     raise KernelError(
         f"num_heads is {spec.num_heads} with {spec.num_kv_heads} KV heads of {spec.head_dim}: "

@@ -26,6 +26,7 @@ from zllm.cuda.linear_plans import (
     tiled_plan,
     tiles_are_faster,
 )
+from zllm.cuda.occupancy import bytes_for_at_most
 from zllm.cuda.tensor_map import TensorMaps
 from zllm.errors import KernelError
 
@@ -58,8 +59,7 @@ class SkinnyLinear:
         properties: Any = torch.cuda.get_device_properties(library.device)
         self._hopper: bool = (properties.major, properties.minor) == (9, 0)
         self._limit = min(SHARED_BYTES, properties.shared_memory_per_block_optin)
-        # Of which two blocks do not fit: each costs 1,024 bytes besides.
-        self._alone = properties.shared_memory_per_multiprocessor // 2 - 1024 + 16
+        self._alone = bytes_for_at_most(1, properties.shared_memory_per_multiprocessor)
         self.max_rows = TILE_ROWS[-1] if self._hopper else 16
         """Rows of x that `linear` takes."""
         self._maps = TensorMaps()
@@ -112,8 +112,7 @@ class SkinnyLinear:
         blocks = min(n, self._library.num_sms)
         shared_bytes = plan.shared_bytes(norm is not None)
         if is_head(n, self._library.num_sms):
-            # A short kernel comes before it. While that ends here, two of these blocks would start
-            # there, and the others would wait for these for a third of their time (decision 060).
+            # Nothing long comes before it, beside which blocks would start one by one.
             shared_bytes = max(shared_bytes, self._alone)
         self._library.get(*_SKINNY, macros).launch(
             (blocks, 1, 1),
