@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,10 +50,8 @@ def supports(
     library: KernelLibrary, shape: DecoderShape, dtype: torch.dtype, kv_dtype: torch.dtype
 ) -> bool:
     """Whether the kernel takes such a model on the library's device."""
-    properties = torch.cuda.get_device_properties(library.device)
-    hopper = (properties.major, properties.minor) == (9, 0)
     return (
-        hopper
+        library.hopper
         and dtype == kv_dtype == _DTYPE
         and shape.regular
         and all(plan.fits for plan in _plans(library, shape))
@@ -69,8 +66,7 @@ def programs(library: KernelLibrary, shape: DecoderShape) -> Iterator[Program]:
 
 
 def _plans(library: KernelLibrary, shape: DecoderShape) -> list[DecoderPlan]:
-    properties: Any = torch.cuda.get_device_properties(library.device)
-    limit = properties.shared_memory_per_block_optin
+    limit = library.device_attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN")
     grid = grid_of(shape, library.num_sms)
     return [DecoderPlan(shape, rows, grid, limit) for rows in ROWS]
 

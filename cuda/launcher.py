@@ -214,8 +214,21 @@ class KernelLibrary:
         self.num_sms: int = properties.multi_processor_count
         self.pdl = properties.major >= 9
         """Whether the device knows programmatic dependent launch."""
+        self.hopper = (properties.major, properties.minor) == (9, 0)
+        """Whether it has wgmma."""
         self._kernels: dict[tuple[Any, ...], Kernel] = {}
         self._clusters: dict[int, int] = {}
+
+    def device_attribute(self, name: str) -> int:
+        """A CU_DEVICE_ATTRIBUTE_ of the device, such as MULTIPROCESSOR_COUNT. Our oldest torch does
+        not show how much shared memory there is."""
+        which = getattr(driver.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
+        check_status(driver.cuInit(0)[0], "the driver does not start")
+        status, device = driver.cuDeviceGet(self.device)
+        check_status(status, f"device {self.device} is not there")
+        status, value = driver.cuDeviceGetAttribute(which, device)
+        check_status(status, f"device {self.device}: {name}")
+        return int(value)
 
     def clusters_at_once(self, size: int) -> int:
         """Clusters that run at once of `size` blocks that each fill a multiprocessor: those of a

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,11 +55,11 @@ class SkinnyLinear:
 
     def __init__(self, library: KernelLibrary) -> None:
         self._library = library
-        properties: Any = torch.cuda.get_device_properties(library.device)
-        self._hopper: bool = (properties.major, properties.minor) == (9, 0)
-        self._limit = min(SHARED_BYTES, properties.shared_memory_per_block_optin)
-        self._alone = bytes_for_at_most(1, properties.shared_memory_per_multiprocessor)
-        self.max_rows = TILE_ROWS[-1] if self._hopper else 16
+        most = library.device_attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN")
+        self._limit = min(SHARED_BYTES, most)
+        per_sm = library.device_attribute("MAX_SHARED_MEMORY_PER_MULTIPROCESSOR")
+        self._alone = bytes_for_at_most(1, per_sm)
+        self.max_rows = TILE_ROWS[-1] if library.hopper else 16
         """Rows of x that `linear` takes."""
         self._maps = TensorMaps()
 
@@ -70,7 +69,7 @@ class SkinnyLinear:
             self._takes(m, n, gated)
             and dtype in _SCALARS
             and k % _VECTOR == 0
-            and faster_than_cublas(m, n, k, self._library.num_sms, self._hopper)
+            and faster_than_cublas(m, n, k, self._library.num_sms, self._library.hopper)
         )
 
     def linear(
@@ -231,7 +230,7 @@ class SkinnyLinear:
         return skinny_plan(m, n, self._library.num_sms).fit(self._limit)
 
     def _is_tiled(self, m: int, n: int, k: int, gated: bool = False, norm: bool = False) -> bool:
-        takes = self._hopper and not norm and not (gated and n // 2 % UNIT)
+        takes = self._library.hopper and not norm and not (gated and n // 2 % UNIT)
         return takes and tiles_are_faster(m, n, k)
 
     def _tiled_plan(self, m: int, n: int, k: int, gated: bool) -> Tiled:

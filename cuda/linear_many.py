@@ -64,8 +64,6 @@ class ManyRows:
     """Products of one device."""
 
     def __init__(self, library: KernelLibrary) -> None:
-        properties: Any = torch.cuda.get_device_properties(library.device)
-        self.available = (properties.major, properties.minor) == (9, 0)
         self._library = library
         self._clusters = library.num_sms // 2
         self._maps = TensorMaps()
@@ -82,7 +80,7 @@ class ManyRows:
         return fits and several and WIDE.useful_share(m, n, self._clusters) >= _MIN_USEFUL
 
     def _takes(self, m: int, k: int, dtype: torch.dtype) -> bool:
-        return self.available and dtype in _DTYPES and k % 8 == 0 and m >= _MIN_ROWS
+        return self._library.hopper and dtype in _DTYPES and k % 8 == 0 and m >= _MIN_ROWS
 
     def _tile(self, m: int, n: int) -> Tile:
         return max(WIDE, NARROW, key=lambda tile: tile.useful_share(m, n, self._clusters))

@@ -96,5 +96,5 @@ def _programs(kernels: KernelLibrary, model: ModelConfig, shape: StepShape) -> I
         yield from skinny.programs(2 * inner, hidden, dtype, norm=fused, gated=True)
         yield from skinny.programs(hidden, inner, dtype, residual=True)
         yield from skinny.programs(model.vocab_size, hidden, dtype, norm=fused)
-        if linear_many.ManyRows(kernels).available:
+        if kernels.hopper:
             yield from linear_many.programs(dtype, spec.kv_dtype, *head_sizes, qk_norm=True)

@@ -46,6 +46,12 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> KernelLibrary:
     return KernelLibrary(Compiler(cache_dir=root / "cache", root=Path(root)))
 
 
+def test_the_device_tells_of_itself_small(library: KernelLibrary) -> None:
+    assert library.device_attribute("MULTIPROCESSOR_COUNT") == library.num_sms
+    per_sm = library.device_attribute("MAX_SHARED_MEMORY_PER_MULTIPROCESSOR")
+    assert library.device_attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN") < per_sm
+
+
 def test_every_kind_of_argument_arrives_small(library: KernelLibrary) -> None:
     out = torch.zeros(8, dtype=torch.float64, device="cuda")
     x = torch.tensor([1.5, 2.5], device="cuda")
