@@ -1,4 +1,4 @@
-"""A step's arena to the device: one asynchronous copy from pinned memory.
+"""A step's arena to the device before its first kernel: one asynchronous copy from pinned memory.
 
 torch's own copy of a slice costs ten times as much of the host's time: it makes two views, and
 notes the pinned memory's use in its allocator. The arena outlives its copy by itself: it is

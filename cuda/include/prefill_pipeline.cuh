@@ -161,7 +161,7 @@ __device__ __forceinline__ void produce_queries(Items items, Addresses at, const
       const int token = min(m / GROUP, items.tile.queries - 1);
       cp_async_16(to + row / kGroupRows * kQueryGroupBytes + row % kGroupRows * 128 +
                       ((chunk ^ row) & 7) * 16,
-                  from + token * q_stride + m % GROUP * HEAD_DIM);
+                  from + static_cast<i64>(token) * q_stride + m % GROUP * HEAD_DIM);
     }
     barrier_arrive_after_copies(at.query_full(buffer.index));
     buffer.advance();
