@@ -39,10 +39,15 @@ class Arenas:
 
     @staticmethod
     def allocate(num_words: int, device: int) -> Arenas:
-        """All zeros, for `num_words` words at least."""
+        """For `num_words` words at least. The device's own is all zeros, a step of no rows; those
+        in pinned memory are all -1, of no step."""
         words = -(-num_words // 4) * 4
-        first, second = (torch.zeros(words, dtype=torch.int32, pin_memory=True) for _ in range(2))
-        return Arenas(first, second, torch.zeros_like(first, device=f"cuda:{device}"))
+
+        def pinned() -> Tensor:
+            return torch.full((words,), -1, dtype=torch.int32, pin_memory=True)
+
+        own = torch.zeros(words, dtype=torch.int32, device=f"cuda:{device}")
+        return Arenas(pinned(), pinned(), own)
 
 
 @dataclass(frozen=True, slots=True)
