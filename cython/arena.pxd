@@ -1,7 +1,8 @@
 """The step arena: everything the device must be told for one step, in one int32 array.
 
-The scheduler packs it where TorchOps and the CUDA batch preparation read it. This file is the layout's one home; `arena.pyx` gives the same numbers to
-Python, from where they reach the CUDA sources as macros.
+The scheduler packs it where TorchOps and the CUDA batch preparation read it. This file is the
+layout's one home; `arena.pyx` gives the same numbers to Python, from where they reach the CUDA
+sources as macros.
 
     header          HEADER_WORDS words, the H_ fields below
     rows            R      device row of each sequence in this step; decodes first, then chunks
