@@ -27,7 +27,7 @@ fi
 sanitize() {
   timeout 240 compute-sanitizer --tool "$1" --report-api-errors no --target-processes all \
     "${gpu_tests[@]}" tests/cuda -k small >"$out/$1.txt" 2>&1
-  say "$1: $(tail -1 "$out/$1.txt")"
+  say "$1: $(grep -E "[0-9]+ (passed|failed)" "$out/$1.txt"), $(tail -1 "$out/$1.txt")"
 }
 # Most of the tests' time is compiling, each in its turn: so several processes, one for each group.
 run_group() {
@@ -45,6 +45,5 @@ run_group engine tests/cuda/test_cuda_engine.py &
 run_group others tests/cuda \
   --ignore=tests/cuda/test_{attention,decoder,linear,linear_many,cuda_engine}.py &
 wait
-grep -E "^(FAILED|ERROR|E  )" "$out"/tests-*.txt | tail -30
-grep -E "passed|failed|ERROR SUMMARY|RACECHECK SUMMARY" "$out/memcheck.txt" "$out/racecheck.txt"
+grep -E "^(FAILED|ERROR|E  )" "$out"/{tests-*,memcheck,racecheck}.txt | tail -30
 say "done"
