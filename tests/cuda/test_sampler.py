@@ -165,15 +165,15 @@ def test_uncut_rows_of_any_vocabulary_small(
 
 @pytest.mark.parametrize("likely", [True, False])
 @pytest.mark.parametrize(
-    ("vocab", "dtype"), [(1028, torch.float32), (2056, torch.bfloat16), (50257, torch.float16)]
+    ("vocab", "rows", "dtype"),
+    [(1028, 8, torch.float32), (2056, 8, torch.bfloat16), (50257, 70, torch.float16)],
 )
 def test_a_vocabularys_last_few_tokens_are_drawn_when_they_are_likely_small(
-    kernels: KernelLibrary, vocab: int, dtype: torch.dtype, likely: bool
+    kernels: KernelLibrary, vocab: int, rows: int, dtype: torch.dtype, likely: bool
 ) -> None:
     """A chunk that ends before most of its lanes' tokens has its say. Both ways, so that whatever
-    an unwritten score holds gives one of them away."""
+    an unwritten score holds gives one of them away. Rows decide where slices begin."""
     torch.manual_seed(13)
-    rows = 8
     logits = _logits(rows, vocab, FLAT, torch.float32)
     last = vocab // 64 * 64
     logits[:, last:] += 20.0 if likely else -20.0
