@@ -6,8 +6,7 @@ from contextvars import Context
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_XDECREF
 
-from zllm.errors import ZllmError
-from zllm.native.pending cimport Delta, Pending
+from zllm.native.pending cimport Delta, Pending, without_frames
 
 cdef extern from "Python.h":
     ctypedef enum PySendResult:
@@ -97,5 +96,4 @@ cdef class DeltaWriter:
 
     cdef fail(self, error):
         self.writing = self.waited = None
-        # As in Pending.wake. Of what nobody foresaw the log is to have all frames.
-        self.set_exception(error.with_traceback(None) if isinstance(error, ZllmError) else error)
+        self.set_exception(without_frames(error))

@@ -21,3 +21,6 @@ cdef class Pending:
     cpdef bint due(self)
     cpdef wake(self)
     cpdef Delta gather(self)
+
+
+cdef object without_frames(object error)

@@ -32,11 +32,8 @@ cdef class Pending:
             return
         try:
             waiter.set_result(self.gather())
-        except ZllmError as error:
-            # The stream keeps its error: with frames of its own that would keep the stream.
-            waiter.set_exception(error.with_traceback(None))
         except Exception as error:
-            waiter.set_exception(error)
+            waiter.set_exception(without_frames(error))
 
     cpdef Delta gather(self):
         if self.plain is None:
@@ -49,6 +46,12 @@ cdef class Pending:
         if self.taken is not None:
             self.taken.append(text)
         return Delta(text, tokens, [], None)
+
+
+cdef object without_frames(object error):
+    """A stream's own error: the stream keeps it, and with frames it would keep the stream. Of what
+    nobody foresaw the log is to have all frames."""
+    return error.with_traceback(None) if isinstance(error, ZllmError) else error
 
 
 def route(dict streams, bytes request_ids, bytes tokens, bytes finishes, dict logprobs):
