@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from zllm.cuda.compiler import Program
-from zllm.cuda.occupancy import bytes_for_at_most
+from zllm.cuda.occupancy import bytes_for, bytes_for_at_most
 from zllm.errors import KernelError
 
 BLOCK_TOKENS = 16
@@ -139,17 +139,17 @@ def decode_config(spec: AttentionSpec, arch: str) -> DecodeConfig:
     warps (docs/decisions/050); what the shared memory does not hold goes down to one thread block.
     """
     # CUDA C++ Programming Guide, "Technical Specifications per Compute Capability": KiB of shared
-    # memory a multiprocessor, of which each thread block costs one more.
-    sm_kib = {"80": 164, "90": 228}.get(arch[3:5], 100)
+    # memory a multiprocessor.
+    sm_bytes = {"80": 164, "90": 228}.get(arch[3:5], 100) * 1024
     merge_bytes = DECODE_WARPS * spec.group * ((spec.head_dim + 4) * 4 + 8) + 16
     stage_bytes = DECODE_WARPS * (2 * spec.run_bytes + 8)
     for blocks_per_sm in (4, 2, 1) if spec.head_dim <= 64 else (2, 1):
-        room = sm_kib * 1024 // blocks_per_sm - 1024 - merge_bytes
+        room = bytes_for(blocks_per_sm, sm_bytes) - merge_bytes
         useful = 128 * 1024 // (blocks_per_sm * DECODE_WARPS * 2 * spec.run_bytes)
         stages = min(room // stage_bytes, _MAX_STAGES, useful if blocks_per_sm > 1 else _MAX_STAGES)
         if stages >= (2 if blocks_per_sm > 1 else 1):
-            alone = bytes_for_at_most(blocks_per_sm, sm_kib * 1024)
-            shared_bytes = max(stages * stage_bytes + merge_bytes, alone)
+            least = bytes_for_at_most(blocks_per_sm, sm_bytes)
+            shared_bytes = max(stages * stage_bytes + merge_bytes, least)
             return DecodeConfig(blocks_per_sm, stages, shared_bytes)
     raise KernelError(
         f"num_heads is {spec.num_heads} with {spec.num_kv_heads} KV heads of {spec.head_dim}: "

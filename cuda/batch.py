@@ -8,10 +8,9 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from zllm.cuda.checks import INT, require
+from zllm.cuda.checks import INT, require, require_pinned, require_vectors
 from zllm.cuda.compiler import Program
 from zllm.cuda.launcher import KernelLibrary
-from zllm.errors import KernelError
 
 _TAKE_THREADS = 1024
 
@@ -133,15 +132,9 @@ class BatchExpander:
     def _check(self, arenas: Arenas, tables: BatchTables, batch: BatchTensors) -> None:
         device = self._device
         require("arenas.own", arenas.own, INT, (None,), device)
-        (words,) = arenas.own.shape
-        for name, arena in (("first", arenas.first), ("second", arenas.second)):
-            fits = arena.dtype in INT and arena.shape == (words,) and words % 4 == 0
-            if not fits or not arena.is_pinned():
-                raise KernelError(
-                    f"arenas.{name} is {arena.dtype} {list(arena.shape)}, pinned: "
-                    f"{arena.is_pinned()}; it must be int32 [{words}] like arenas.own, a multiple "
-                    "of 4, in pinned memory"
-                )
+        require_vectors("arenas.own", arenas.own)
+        require_pinned("arenas.first", arenas.first, arenas.own.shape)
+        require_pinned("arenas.second", arenas.second, arenas.own.shape)
         require("block_table", tables.block_table, INT, (None, None), device)
         num_rows = tables.block_table.shape[0]
         require("params", tables.params, INT, (num_rows, self._param_words), device)

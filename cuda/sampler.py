@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zllm.cuda.checks import INT, SCALARS, require
+from zllm.cuda.checks import INT, SCALARS, require, require_pinned
 from zllm.cuda.compiler import Program
 from zllm.cuda.launcher import KernelLibrary
 from zllm.errors import KernelError
@@ -230,12 +230,7 @@ class Sampler:
     def _check_host(self, host: HostTokens, count: int) -> None:
         require("host.step", host.step, INT, (1,), self._device)
         tokens = host.tokens
-        two_rows = tokens.dim() == 2 and tokens.shape[0] == 2 and tokens.is_contiguous()
-        if not two_rows or tokens.dtype not in INT or not tokens.is_pinned():
-            raise KernelError(
-                f"host.tokens is {tokens.dtype} {list(tokens.shape)}, pinned: "
-                f"{tokens.is_pinned()}; it must be int32 [2, capacity] in pinned memory"
-            )
+        require_pinned("host.tokens", tokens, (2, None))
         if tokens.shape[1] < count:
             raise KernelError(
                 f"host.tokens holds {tokens.shape[1]} tokens of a step: {count} are sampled"
