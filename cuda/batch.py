@@ -32,8 +32,7 @@ class Arenas:
     """The arenas of steps (cython/arena.pxd), int32 [words] each, a multiple of 4: two in pinned
     memory, which the host fills in turn, and the device's own, which has the last step's."""
 
-    first: Tensor
-    second: Tensor
+    pinned: tuple[Tensor, Tensor]
     own: Tensor
 
     @staticmethod
@@ -46,7 +45,7 @@ class Arenas:
             return torch.full((words,), -1, dtype=torch.int32, pin_memory=True)
 
         own = torch.zeros(words, dtype=torch.int32, device=f"cuda:{device}")
-        return Arenas(pinned(), pinned(), own)
+        return Arenas((pinned(), pinned()), own)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +97,10 @@ class BatchExpander:
         self._check(arenas, tables, batch)
         num_rows, max_blocks = tables.block_table.shape
         p, r, s = len(batch.tokens), len(batch.rows), len(batch.sample_rows)
-        pinned = arenas.first, arenas.second
         self._take.launch(
             (1, 1, 1),
             (_TAKE_THREADS, 1, 1),
-            (arenas.own, tables.block_table, tables.params, *pinned, max_blocks),
+            (arenas.own, tables.block_table, tables.params, *arenas.pinned, max_blocks),
             pdl=self._pdl,
         )
         self._expand.launch(
@@ -133,8 +131,8 @@ class BatchExpander:
         device = self._device
         require("arenas.own", arenas.own, INT, (None,), device)
         require_vectors("arenas.own", arenas.own)
-        require_pinned("arenas.first", arenas.first, arenas.own.shape)
-        require_pinned("arenas.second", arenas.second, arenas.own.shape)
+        for i, pinned in enumerate(arenas.pinned):
+            require_pinned(f"arenas.pinned[{i}]", pinned, arenas.own.shape)
         require("block_table", tables.block_table, INT, (None, None), device)
         num_rows = tables.block_table.shape[0]
         require("params", tables.params, INT, (num_rows, self._param_words), device)

@@ -22,7 +22,6 @@ from rich.progress import Progress
 from zllm.cuda.attention import PagedAttention
 from zllm.cuda.event import Event
 from zllm.cuda.launcher import KernelLibrary
-from zllm.cuda.upload import Upload
 from zllm.native import arena as layout
 from zllm.native.step_objects import Plan
 from zllm.runtime.config import BLOCK_SIZE, EngineConfig
@@ -132,8 +131,6 @@ class CudaRunner:
         self._buckets = choose_buckets(shape.max_rows, shape.max_tokens)
         self._graphs: StepGraphs | None = None if config.enforce_eager else StepGraphs(self.device)
         self._host_tokens = self._step.host_tokens.numpy()
-        self._uploads: tuple[Upload, ...] = ()
-        self._due: int | None = None  # the step whose arena the device takes over next; None: any
         # A step is collected before the one after the next is launched, which has its arena.
         self._done = (Event(kernels.device), Event(kernels.device))
         self.arenas = (np.zeros(0, np.int32), np.zeros(0, np.int32))
@@ -152,26 +149,18 @@ class CudaRunner:
     def allocate_arenas(self, num_words: int) -> None:
         """Make the pinned arenas, then capture the graphs, which read them."""
         self._step.allocate_arenas(num_words)
-        arenas = self._step.arenas
-        pinned = arenas.first, arenas.second
-        self.arenas = (arenas.first.numpy(), arenas.second.numpy())
-        self._uploads = tuple(Upload(arena, arenas.own) for arena in pinned)
+        first, second = self._step.arenas.pinned
+        self.arenas = (first.numpy(), second.numpy())
         if self._graphs is not None:
             started = time.perf_counter()
             self._capture(self._graphs)
             took = time.perf_counter() - started
             self.report.append(f"CUDA graphs: {len(self._graphs)} captured in {took:.1f} s")
+        self._step.expect(0)
 
     def launch(self, plan: Plan, arena_index: int) -> _Ticket:
-        host = self.arenas[arena_index]
-        moves = plan.num_swap_out or plan.num_swap_in or plan.num_copies
-        if moves:
-            # Which blocks move is read before the step's first kernel takes its arena over.
-            self._uploads[arena_index](plan.num_words)
-            self._step.move_blocks(plan, host, self._cache, self._host_cache)
-        if moves or plan.step != self._due:
-            self._step.expect(plan.step)
-        self._due = plan.step + 1
+        if plan.num_swap_out or plan.num_swap_in or plan.num_copies:
+            self._step.move_blocks(plan, arena_index, self._cache, self._host_cache)
         try:
             sampled, failed = self._run(plan), False
         except torch.OutOfMemoryError as error:
@@ -189,6 +178,7 @@ class CudaRunner:
         done.record()
         rows = None
         if plan.num_sampled != plan.num_rows:
+            host = self.arenas[arena_index]
             start = host[layout.H_FLAGS]
             rows = np.flatnonzero(host[start : start + plan.num_rows] & layout.F_SAMPLE)
         return _Ticket(done, plan.step, plan.num_rows, rows, extras, failed)
@@ -235,7 +225,7 @@ class CudaRunner:
         try:
             return self._run(plan), False
         except torch.OutOfMemoryError as error:
-            self._due = None
+            self._step.expect(plan.step + 1)
             _log.error("step %d: %d rows fail: %s", plan.step, plan.num_rows, error)
             return None, True
 

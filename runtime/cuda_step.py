@@ -6,8 +6,6 @@ share them. Nothing here reads a real size on the host.
 
 from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -62,7 +60,8 @@ class CudaStep:
         self.arenas = batch_kernels.Arenas.allocate(num_words, self._kernels.device)
 
     def expect(self, step: int) -> None:
-        """The next arena to be taken over is that of `step`, whatever ran before."""
+        """The next arena to be taken over is that of `step`, which need not follow the last one
+        that ran."""
         self._last_step.fill_((step - 1) & 0x7FFFFFFF)
 
     @property
@@ -124,11 +123,11 @@ class CudaStep:
             return Sampled(tokens)
         return Sampled(tokens, *self._sampler.logprobs(logits, tokens, max_logprobs))
 
-    def move_blocks(
-        self, plan: Plan, arena: npt.NDArray[np.int32], cache: KVCache, host: KVCache
-    ) -> None:
-        """Swap out, swap in and copy the blocks that the step's arena lists. `arena` is the
-        host's copy: sections are found there, pairs are read on the device."""
+    def move_blocks(self, plan: Plan, arena_index: int, cache: KVCache, host: KVCache) -> None:
+        """Swap out, swap in and copy the blocks that the step's arena lists. It is copied to the
+        device for that, in front of the step's first kernel, which takes it over once more."""
+        arena, own = self.arenas.pinned[arena_index], self.arenas.own
+        own[: plan.num_words].copy_(arena[: plan.num_words], non_blocking=True)
         for count, section, counted, target, source in (
             (plan.num_swap_out, layout.H_SWAP_OUT, layout.H_NUM_SWAP_OUT, host, cache),
             (plan.num_swap_in, layout.H_SWAP_IN, layout.H_NUM_SWAP_IN, cache, host),
@@ -140,9 +139,10 @@ class CudaStep:
                     self._kernels,
                     target.runs(),
                     source.runs(),
-                    self.arenas.own[start : start + 2 * count],
-                    self.arenas.own[counted : counted + 1],
+                    own[start : start + 2 * count],
+                    own[counted : counted + 1],
                 )
+        self.expect(plan.step)
 
 
 def programs(dtype: torch.dtype, vocab_size: int) -> list[Program]:

@@ -122,7 +122,7 @@ def test_arena_becomes_the_padded_batch(
         expand(arenas, device, batch)
     arenas.own[layout.H_STEP] = 2**31 - 2  # the number after the next begins anew
     numbers = [2**31 - 1, 0, 1]
-    for number, pinned in zip(numbers, (arenas.first, arenas.second, arenas.first), strict=True):
+    for number, pinned in zip(numbers, (*arenas.pinned, arenas.pinned[0]), strict=True):
         # Nothing may be left of the step before, in its own arena or in this one's place.
         step = _Step(rng, tables, lengths)
         step.arena[layout.H_STEP] = number
