@@ -198,8 +198,9 @@ def tiled_plan(
     while columns(split) < enough and split < most and k >= 2048:
         split *= 2
     wide = columns(split)
-    # A head: tile after tile.
-    plan = Tiled(rows, wide if wide <= _MOST_COLUMNS else 128, split, 2 if light else 1)
+    if wide > _MOST_COLUMNS:  # a head: tile after tile
+        wide = 64 if rows == 64 and k >= 2048 else 128
+    plan = Tiled(rows, wide, split, 2 if light else 1)
     swapped = _swapped_plan(size, n, k, blocks)
     return swapped if swapped and swapped.cycles(size) < plan.cycles(size) else plan
 
@@ -224,4 +225,4 @@ def faster_than_cublas(m: int, n: int, k: int, num_sms: int, hopper: bool) -> bo
         return m <= 16 and n * k <= 20_000_000
     # Where cuBLAS is up to 10% faster alone (a 4B or 8B model's o, above 192 rows), one ordinary
     # launch in a chain of overlapping ones costs as much.
-    return m <= (64 if is_head(n, num_sms) else TILE_ROWS[-1])
+    return m <= (128 if is_head(n, num_sms) else TILE_ROWS[-1])

@@ -25,7 +25,7 @@ fi
 # Correctness from here on: what follows may share the GPU.
 # cuda-bindings asks the driver for symbols that it may lack: that is no error of ours.
 sanitize() {
-  timeout 240 compute-sanitizer --tool "$1" --report-api-errors no --target-processes all \
+  timeout 400 compute-sanitizer --tool "$1" --report-api-errors no --target-processes all \
     "${gpu_tests[@]}" tests/cuda -k small >"$out/$1.txt" 2>&1
   say "$1: $(grep -E "[0-9]+ (passed|failed)" "$out/$1.txt"), $(tail -1 "$out/$1.txt")"
 }

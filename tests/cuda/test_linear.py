@@ -97,6 +97,12 @@ def test_sides_are_swapped_where_that_moves_less_through_shared_memory() -> None
     assert Tiled(144, 64, 2, 1, swapped=True).cycles(144) == (16 + 144 / 4 + (144 + 64) / 4) / 2
 
 
+def test_a_head_is_taken_tile_after_tile() -> None:
+    assert tiled_plan(64, 151936, 1024, SMS, CLUSTERS_OF_4) == Tiled(64, 128, 1, 1)
+    assert tiled_plan(64, 151936, 4096, SMS, CLUSTERS_OF_4) == Tiled(64, 64, 1, 1)
+    assert tiled_plan(65, 151936, 4096, SMS, CLUSTERS_OF_4) == Tiled(128, 128, 1, 1)
+
+
 def test_fewer_stages_where_shared_memory_is_small() -> None:
     plan = Skinny(2, 1, 1, 8, 1, 5)
     small = plan.fit(99 * 1024)
@@ -109,7 +115,8 @@ def test_cublas_keeps_what_it_does_better() -> None:
     assert faster_than_cublas(64, 24576, 4096, SMS, hopper=True)
     assert not faster_than_cublas(17, 1024, 2048, SMS, hopper=False)
     assert faster_than_cublas(256, 1024, 2048, SMS, hopper=True)
-    assert not faster_than_cublas(65, 151936, 4096, SMS, hopper=True)
+    assert faster_than_cublas(128, 151936, 4096, SMS, hopper=True)
+    assert not faster_than_cublas(129, 151936, 4096, SMS, hopper=True)
     assert not faster_than_cublas(257, 24576, 4096, SMS, hopper=True)
 
 
@@ -152,7 +159,10 @@ def _poisoned(m: int, n: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tens
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("n", "k"),
-    [(1, 8), (7, 24), (133, 40), (1024, 2048), (1000, 1032), (2560, 9728), (6151, 2568)],
+    [
+        *((1, 8), (7, 24), (133, 40), (1024, 2048), (1000, 1032), (2560, 9728), (6151, 2568)),
+        pytest.param(25601, 2056, id="head"),
+    ],
 )
 @pytest.mark.parametrize("m", [1, 3, 8, 9, 16, 17, 31, 64, 77, 128, 150, 192, 193, 201, 256])
 def test_equals_float64(products: SkinnyLinear, m: int, n: int, k: int, dtype: torch.dtype) -> None:
