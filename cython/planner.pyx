@@ -44,6 +44,7 @@ cdef Step* plan_step(Books* books, double now) noexcept nogil:
     cdef int32_t share, giants
     settle_preempted(books)
     expire_running(books, now)
+    expire_waiting(books, now)
     schedule_decodes(books, step)
     if step.num_rows < books.num_running:
         share = count_prefills(books, step) + (books.first != NULL)

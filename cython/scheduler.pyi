@@ -71,8 +71,6 @@ class Scheduler:
         """Finishes that need no step: aborts and timeouts of requests that wait. None: nothing."""
     def has_work(self) -> bool:
         """Whether any request is live."""
-    def next_deadline(self) -> float:
-        """The earliest queue timeout or time limit of a waiting request; inf: none."""
     def flush_cache(self) -> int:
         """Drop cached blocks that nothing uses; returns how many."""
     def stats(self) -> dict[str, int]:

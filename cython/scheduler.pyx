@@ -54,7 +54,6 @@ from zllm.native.sequence cimport (
     Sequence,
     blocks_for,
     sequence_new,
-    waiting_deadline,
 )
 from zllm.native.step_objects cimport Plan, new_events, new_plan
 
@@ -347,15 +346,6 @@ cdef class Scheduler:
     def has_work(self):
         """Whether any sequence is live, or a finish is not reported yet."""
         return self.books.num_live > 0 or self.books.num_ended > 0
-
-    def next_deadline(self):
-        """The earliest queue timeout or time limit of a waiting request; inf: none."""
-        cdef double earliest = INFINITY
-        cdef Sequence* seq = self.books.first
-        while seq != NULL:
-            earliest = min(earliest, waiting_deadline(seq))
-            seq = seq.next
-        return earliest
 
     def flush_cache(self):
         """Drop cached blocks that nothing uses; returns how many."""

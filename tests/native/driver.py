@@ -142,14 +142,15 @@ class Driver:
             self.scheduler.check()
 
     def step(self) -> None:
-        """One turn of the engine's loop."""
+        """One turn of the engine's loop, which polls only when it has nothing to commit."""
         self.now += 1.0
-        self.poll()
         if len(self.in_flight) == 2:
             self.commit()
         plan = self.plan()
         if self.in_flight and (plan is None or len(self.in_flight) == self.depth):
             self.commit()
+        else:
+            self.poll()
 
     def run(self, limit: int = 10000) -> None:
         """Turn until nothing is left."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 
 import numpy as np
 import pytest
@@ -82,6 +83,25 @@ def test_a_request_that_can_never_run_names_the_field(engine: Engine) -> None:
     (refused,) = output.refused
     assert refused.field
     assert not engine.has_work()
+
+
+def test_who_waits_too_long_is_told_while_others_run(engine: Engine) -> None:
+    for number in range(4):  # all rows
+        engine.add(request(number, stopping=Stopping(max_tokens=200)))
+    engine.step()
+    engine.add(request(4, queue_timeout=1e-3))
+    engine.add(request(5, stopping=Stopping(max_tokens=2, time_limit=1e-3)))
+    engine.add(request(6))
+    time.sleep(2e-3)
+    finishes = {}
+    for _ in range(2):
+        output = engine.step()
+        assert output is not None
+        ids = np.frombuffer(output.request_ids, np.int64).tolist()
+        finishes |= {n: f for n, f in zip(ids, output.finishes, strict=True) if f}
+    assert finishes == {4: FinishReason.QUEUE_TIMEOUT, 5: FinishReason.TIME_LIMIT}
+    assert engine.load().queued_requests == 1
+    assert run(engine)[6][1] == FinishReason.LENGTH
 
 
 def test_log_probabilities_come_for_those_who_asked(engine: Engine) -> None:
