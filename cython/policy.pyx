@@ -3,7 +3,8 @@
 
     fcfs      first come, first served
     priority  the highest priority first
-    sjf       the shortest job first: the fewest tokens to compute before its first token
+    sjf       the shortest job first: the fewest tokens to compute before its next token, as known
+              when it was queued
     lpm       the longest cached prefix first
     fair      deficit longest prefix match (Cao et al. 2025, "Locality-aware Fair Scheduling in LLM
               Serving"): as lpm, among the tenants that were not served more than their share
@@ -34,7 +35,7 @@ cdef Sequence* next_waiting(Books* books) noexcept nogil:
         if books.limits.policy == PRIORITY:
             if seq.request.priority > best.request.priority:
                 best = seq
-        elif seq.num_tokens - seq.host_tokens < best.num_tokens - best.host_tokens:
+        elif seq.queued_tokens < best.queued_tokens:
             best = seq
         seq = seq.next
     return best

@@ -54,6 +54,17 @@ def test_sjf_serves_the_shortest_prompt_first() -> None:
     assert order_of_first_tokens(driver) == [1, 2, 0]
 
 
+def test_sjf_does_not_count_what_is_cached() -> None:
+    driver = one_at_a_time("sjf")
+    shared = prompt_of(60, 7)
+    driver.add(0, shared, max_tokens=2)
+    driver.run()
+    driver.add(1, prompt_of(30, 3), max_tokens=2)
+    driver.add(2, [*shared, 1, 2], max_tokens=2)
+    order = order_of_first_tokens(driver)
+    assert [request for request in order if request] == [2, 1]
+
+
 def test_lpm_serves_the_longest_cached_prefix_first() -> None:
     driver = one_at_a_time("lpm")
     shared = prompt_of(40, 7)
