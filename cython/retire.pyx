@@ -103,6 +103,8 @@ cdef inline void cache_blocks(Books* books, Sequence* seq, int32_t written) noex
             seq.num_sent = min(seq.num_sent, i)
             books.counters.folded_blocks += 1
         seq.num_cached += 1
+        if seq.num_cached * BLOCK_SIZE <= seq.request.prompt_len:
+            books.stalled = -1  # who waits with the same prompt may need fewer blocks now
 
 
 cdef bint let_go(Books* books, const Sequence* seq, int32_t block) noexcept nogil:

@@ -43,6 +43,18 @@ def test_forks_share_the_prompts_blocks_and_copy_the_one_they_write_to() -> None
     driver.run()
 
 
+def test_who_waits_for_blocks_gets_them_once_a_running_one_has_cached_the_same_prompt() -> None:
+    driver = Driver(make_scheduler(num_blocks=40, max_num_batched_tokens=512, max_model_len=600))
+    prompt = prompt_of(400)  # 25 of 39 blocks
+    driver.add(1, prompt, max_tokens=150, eos_token_ids=())
+    driver.add(2, prompt, max_tokens=2, eos_token_ids=())  # all but one of them are shared
+    for _ in range(8):
+        driver.step()
+    assert driver.results[2, 0].finish
+    assert driver.results[2, 0].cached_tokens == 399
+    driver.run()
+
+
 def test_many_forks_of_equal_prompts_fold_into_one_set_of_blocks() -> None:
     """More duplicates at once than a step can note; the rest is folded later."""
     scheduler = make_scheduler(
