@@ -120,6 +120,14 @@ def write_kv(kv: Tensor, work: AttentionWork, cache: KVCache, layer: int) -> Non
     cache.data.view(-1, head_dim)[first:].index_copy_(0, work.write_runs, kv.reshape(-1, head_dim))
 
 
+def written_kv(work: AttentionWork, cache: KVCache, layer: int, num_tokens: int) -> Tensor:
+    """[P, 2 * Hkv * D] what `write_kv` stored for the step's P tokens."""
+    head_dim = cache.keys[layer].shape[-1]
+    first = cache.keys[layer].storage_offset() // head_dim
+    written = cache.data.view(-1, head_dim)[first:].index_select(0, work.write_runs)
+    return written.view(num_tokens, -1)
+
+
 def _groups(blocks: npt.NDArray[np.int32]) -> list[npt.NDArray[np.int64]]:
     """Split rows by their number of blocks, so that padding at most doubles a group's work."""
     order = np.argsort(-blocks, kind="stable")
@@ -169,7 +177,9 @@ class _Planner:
         num_blocks = int(-(-kv_len.max() // BLOCK_SIZE))
         table = self.block_table[torch.from_numpy(rows[members]).to(self.device), :num_blocks]
         exists = np.arange(num_blocks * BLOCK_SIZE, dtype=np.int32) < kv_len[:, None]
-        # A padded entry of the table may be a stale block: it is read, masked, and harmless.
+        # What pads a row is masked, but must be finite: block 0, and not the table's stale entry,
+        # which may be the block of a row that is about to fail.
+        table = table * torch.from_numpy(exists[:, ::BLOCK_SIZE]).to(self.device)
         mask = torch.from_numpy(np.where(exists, np.float32(0.0), np.float32(-np.inf)))
         whole = len(members) == members[-1] + 1
         return DecodeGroup(

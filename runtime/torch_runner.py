@@ -29,6 +29,7 @@ from zllm.runtime.model_runner import StepResult, spread_rows
 from zllm.runtime.models.registry import model_class
 from zllm.runtime.ops import Batch, Sampled, SamplingStep
 from zllm.runtime.row_tables import allocate_row_tables
+from zllm.runtime.torch_attention import AttentionWork, written_kv
 from zllm.runtime.torch_batch import Arena, pairs, prepare, update_tables
 from zllm.runtime.torch_ops import TorchOps
 from zllm.runtime.torch_sampler import sample
@@ -105,11 +106,16 @@ class TorchRunner:
         batch = prepare(arena, self.tables, self.cache, self.dtype)
         hidden = self.model.forward(self.ops, batch, self.cache)
         num_rows = int(arena[layout.H_NUM_ROWS])
-        if not len(batch.sample_rows):
-            return StepResult(np.zeros(num_rows, np.int32))
-        sampled = self._sample(arena, batch, hidden)
-        flags = arena[arena[layout.H_FLAGS] : arena[layout.H_FLAGS] + num_rows]
-        return _by_row(sampled, num_rows, np.flatnonzero(flags & layout.F_SAMPLE))
+        start = arena[layout.H_FLAGS]
+        samples = arena[start : start + num_rows] & layout.F_SAMPLE != 0
+        result = StepResult(np.zeros(num_rows, np.int32))
+        if samples.any():
+            sampled = self._sample(arena, batch, hidden)
+            result = _by_row(sampled, num_rows, np.flatnonzero(samples))
+        if not samples.all():
+            failed = self._failed_chunks(batch, ~samples)
+            result.tokens[failed] = -1
+        return result
 
     def _sample(self, arena: Arena, batch: Batch, hidden: Tensor) -> Sampled:
         logits = self.model.logits(self.ops, hidden)
@@ -126,6 +132,20 @@ class TorchRunner:
         if len(failed):
             self._scrub(self.tables.block_table[failed])
         return sampled
+
+    def _failed_chunks(self, batch: Batch, chunks: npt.NDArray[np.bool_]) -> npt.NDArray[np.intp]:
+        """The step's rows, of those that `chunks` picks, whose tokens cannot be computed. They have
+        no logits to tell it by, but their keys and values do, before anyone shares them."""
+        work: AttentionWork = batch.work
+        last_layer = len(self.cache.keys) - 1
+        written = written_kv(work, self.cache, last_layer, len(batch.tokens))
+        bad_tokens = (~written.isfinite().all(dim=1)).numpy()
+        bad_rows = np.logical_or.reduceat(bad_tokens, batch.q_start[:-1].numpy())
+        failed = np.flatnonzero(bad_rows & chunks)
+        if len(failed):
+            rows = batch.rows[torch.from_numpy(failed)]
+            self._scrub(self.tables.block_table[rows.long()])
+        return failed
 
     def _scrub(self, blocks: Tensor) -> None:
         """Make a failed row's cache finite: whoever gets its blocks next multiplies what is

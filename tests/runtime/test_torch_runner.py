@@ -121,6 +121,38 @@ def test_a_row_that_is_not_finite_fails_alone_and_poisons_nobody(runner, hf_mode
     assert tokens == greedy(hf_model, short, 1)
 
 
+def test_a_decode_does_not_see_the_failing_block_that_its_table_still_names(runner, hf_model):
+    short = PROMPT[:10]
+    first = int(runner.run(prefill(1, [4], tokens=short).pack()).tokens[0])
+    runner.run(prefill(0, [1, 2, 3]).pack())
+    runner.cache.keys[0][2] = torch.nan
+    stale = [(1, 1, 2), (1, 2, 3)]  # what is left of an earlier owner of the row
+    step = Step(
+        [
+            Row(0, [0], len(PROMPT), on_device=True),
+            Row(1, [0], len(short), on_device=True),
+        ],
+        stale,
+    )
+    tokens = runner.run(step.pack()).tokens.tolist()
+    assert tokens[0] == -1
+    assert [first, tokens[1]] == greedy(hf_model, short, 2)
+
+
+def test_a_chunk_that_is_not_finite_fails_before_its_blocks_are_shared(runner, hf_model):
+    runner.run(prefill(0, [1, 2, 3]).pack())
+    runner.cache.keys[0][1] = torch.nan
+    step = Step(
+        [Row(0, PROMPT[16:32], 16, sample=False), Row(1, PROMPT[:16], sample=False)],
+        [(1, 0, 4), (1, 1, 5), (1, 2, 6)],
+        [Params(1)],
+    )
+    assert runner.run(step.pack()).tokens.tolist() == [-1, 0]
+    assert all(runner.cache.by_block()[block].isfinite().all() for block in (1, 2, 3))
+    step = Step([Row(1, PROMPT[16:], 16)])
+    assert runner.run(step.pack()).tokens.tolist() == greedy(hf_model, PROMPT, 1)
+
+
 def test_decodes_of_very_different_lengths_run_in_one_step(runner, hf_model):
     long = [token % 97 for token in range(200)]
     runner.run(prefill(0, list(range(1, 14)), tokens=long).pack())
