@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from zllm.errors import ConfigError, EngineError, InvalidRequest, Overloaded
+from zllm.errors import ConfigError, InvalidRequest, Overloaded
 from zllm.runtime.chat_template import ChatTemplate, load_chat_template
 from zllm.runtime.config import EngineConfig
 from zllm.runtime.detokenizer import Detokenizer
@@ -32,6 +32,8 @@ from zllm.runtime.sampling_params import SamplingParams
 from zllm.runtime.tokenizer import Tokenizer, load_tokenizer
 
 Prompt = str | Sequence[int]
+_OFFLINE = {"interactive": False, "max_queued_requests": 1 << 40, "max_queued_tokens": 1 << 40}
+"""Options of a caller who waits for all of the answers, and brings all of the prompts at once."""
 
 
 @dataclass(slots=True)
@@ -64,7 +66,7 @@ class LLM:
             self.tokenizer = load_tokenizer(folder)
             self.chat_template = load_chat_template(folder)
         try:
-            config = EngineConfig(model=folder, **{"interactive": False, **options})
+            config = EngineConfig(model=folder, **{**_OFFLINE, **options})
         except TypeError as error:
             raise ConfigError(f"{error}: options are the fields of EngineConfig") from error
         self.engine = Engine(config)
@@ -78,8 +80,10 @@ class LLM:
     ) -> list[RequestOutput]:
         """Run the prompts (texts, or lists of token ids) to their ends, in one continuous batch.
 
-        One SamplingParams for all, or one for each. Outputs stand in the order of the prompts.
-        Raises InvalidRequest, also once others of the prompts run: then they are given up.
+        One SamplingParams for all, or one for each. Outputs stand in the order of the prompts; one
+        whose logits are not finite ends with the finish_reason "error", and the others go on.
+        Raises InvalidRequest, and Overloaded where the options bound the queue, also once others of
+        the prompts run: then they are given up.
         """
         many = _as_prompts(prompts)
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
@@ -229,8 +233,6 @@ class LLM:
 
     def _finish(self, request_id: int, live: _Live, reason: FinishReason) -> None:
         del self._live[request_id]
-        if reason == FinishReason.ERROR:
-            raise EngineError(f"request {request_id}: the model's logits were not finite")
         completion = live.completion
         completion.finish_reason = reason.name.lower()
         ids = completion.token_ids

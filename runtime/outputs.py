@@ -19,7 +19,7 @@ class CompletionOutput:
     """One a token; None where none were asked for."""
     cumulative_logprob: float | None = None
     finish_reason: str | None = None
-    """eos, stop, length, context_limit, time_limit, aborted."""
+    """eos, stop, length, context_limit; error: the model's logits were not finite."""
     stop_reason: int | str | None = None
     """The stop token's id or the stop string that matched."""
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.service.test_processes import copy_model, edit_json, serving
+from zllm import LLM, SamplingParams
 from zllm.clients.client import Client
 from zllm.errors import EngineError
 
@@ -52,3 +53,19 @@ def test_a_poisoned_request_in_a_batch_fails_alone(poisoned_model: Path) -> None
                 for failure in failures:
                     failure.result()
         served.until_idle()
+
+
+def test_offline_the_other_prompts_are_answered(poisoned_model: Path) -> None:
+    llm = LLM(poisoned_model, device="cpu", max_num_seqs=8, max_num_batched_tokens=32)
+    try:
+        questions = [[{"role": "user", "content": f"What is {a} + {b}?"}] for a, b in SUMS]
+        params = SamplingParams(temperature=0.0, max_tokens=20)
+        assert llm.chat_template is not None
+        prompts = [llm.chat_template.render(question) for question in questions]
+        outputs = llm.generate([[POISON] + [5] * 100, *prompts, [5] * 100 + [POISON]], params)
+    finally:
+        llm.close()
+    reasons = [output.outputs[0].finish_reason for output in outputs]
+    assert reasons == ["error", *["eos"] * len(SUMS), "error"]
+    for (a, b), output in zip(SUMS, outputs[1:-1], strict=True):
+        assert output.outputs[0].text == f"{a} + {b} = {a + b}"

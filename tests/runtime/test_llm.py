@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from zllm import LLM, SamplingParams
-from zllm.errors import ConfigError, InvalidRequest
+from zllm.errors import ConfigError, InvalidRequest, Overloaded
 from zllm.runtime.embedded import EMBEDDED_MODEL
 
 
@@ -99,6 +99,23 @@ def test_a_bad_prompt_gives_up_those_that_run_already(llm: LLM) -> None:
     assert llm.engine.load().steps > steps, "nothing ran when the bad one was read"
     assert not llm.engine.has_work()
     assert llm.engine.load().running_requests == 0
+
+
+def test_any_number_of_prompts_is_taken(llm: LLM) -> None:
+    count = llm.engine.scheduler.stats()["admissions"]
+    many = 5000  # more than a server would let wait
+    outputs = llm.generate([[token % 500] for token in range(many)], SamplingParams(max_tokens=1))
+    assert all(len(output.outputs[0].token_ids) == 1 for output in outputs)
+    assert llm.engine.scheduler.stats()["admissions"] == count + many
+
+
+def test_a_bound_that_the_caller_sets_is_kept() -> None:
+    bounded = LLM(device="cpu", num_kv_blocks=64, max_queued_requests=2)
+    try:
+        with pytest.raises(Overloaded, match="max_queued_requests"):
+            bounded.generate([[1], [2], [3]], SamplingParams(max_tokens=1))
+    finally:
+        bounded.close()
 
 
 def test_a_folder_without_a_tokenizer_takes_token_ids(tmp_path: Path) -> None:
