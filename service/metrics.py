@@ -139,7 +139,7 @@ class Metrics:
         self._prefill.labels(name).observe(stream.prefill_s)
         self._decode.labels(name).observe(decode)
         self._inference.labels(name).observe(stream.prefill_s + decode)
-        count = stream.completion_tokens
+        count = stream.produced_tokens
         self._output_size.labels(name).observe(count)
         if count > 1:
             self._per_token.labels(name).observe(decode / (count - 1))

@@ -48,7 +48,7 @@ def _fields(call: Call) -> dict[str, Any]:
         "cause": error.cause if isinstance(error, (Overloaded, Unavailable)) else "",
         "prompt_tokens": len(call.prompt),
         "cached_tokens": stream.cached_tokens if stream is not None else 0,
-        "output_tokens": stream.completion_tokens if stream is not None else 0,
+        "output_tokens": stream.produced_tokens if stream is not None else 0,
         "e2e_latency": round(call.latency, 6),
     }
     if call.queue_time is not None and call.time_to_first_token is not None:

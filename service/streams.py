@@ -68,6 +68,11 @@ class Stream(Pending):
         self.prompt_tokens = prompt_tokens
         self.cumulative_logprob = 0.0
 
+    @property
+    def produced_tokens(self) -> int:
+        """What the engine gave, whether or not anyone took it."""
+        return self.completion_tokens + self.num_pending
+
     def start(self, started: RequestStarted) -> None:
         self.cached_tokens = started.cached_tokens
         self.queued_s = started.queued_s

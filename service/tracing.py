@@ -163,7 +163,7 @@ def _response_attributes(call: Call) -> dict[str, AttributeValue]:
         attributes["gen_ai.response.model"] = call.model
         attributes["gen_ai.usage.input_tokens"] = len(call.prompt)
         attributes["gen_ai.usage.cache_read.input_tokens"] = call.stream.cached_tokens
-        attributes["gen_ai.usage.output_tokens"] = call.stream.completion_tokens
+        attributes["gen_ai.usage.output_tokens"] = call.stream.produced_tokens
     if call.finish_reason is not None:
         attributes["gen_ai.response.finish_reasons"] = [call.finish_reason]
     if call.time_to_first_token is not None:

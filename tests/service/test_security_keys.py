@@ -160,6 +160,19 @@ async def test_a_spent_minute_is_refused_with_the_time_to_wait(tmp_path: Path) -
         await other.generate("abc", max_tokens=3)
 
 
+async def test_tokens_that_nobody_took_are_charged(tmp_path: Path) -> None:
+    config = write(tmp_path, acme(tokens_per_minute=60))
+    async with (
+        running(StubEngine(step_s=0.002), config=config) as server,
+        caller(server, ACME) as client,
+    ):
+        with pytest.raises(TimeoutError):
+            await client.generate("abc", max_tokens=200, ignore_eos=True, timeout=0.3)
+        await server.until_idle()
+        with pytest.raises(Overloaded, match="60 tokens a minute"):
+            await client.generate("abc")
+
+
 def test_tokens_come_back_with_time() -> None:
     now = [100.0]
     one = Caller(Grant(tenant="a", tokens_per_minute=60), clock=lambda: now[0])
