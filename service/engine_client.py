@@ -182,13 +182,13 @@ class EngineClient:
         self._send(Shutdown())
 
     async def close(self) -> None:
-        """Stops listening, for good."""
+        """Stops listening, for good. What came while the engine was leaving fails."""
         if self._watcher is not None:
             self._watcher.cancel()
             with suppress(asyncio.CancelledError):
                 await self._watcher
-        self._set_healthy(False)
         self._socket.close()
+        self.lose("the engine was shut down")
 
     def _send(self, message: ToEngine) -> None:
         self._socket.send(_encode(message))

@@ -43,6 +43,9 @@ class GenerationService:
         self._idle = asyncio.Event()
         self._idle.set()
         self.draining = False
+        """New requests are refused."""
+        self.drained = False
+        """So is what has not reached an engine yet."""
 
     async def idle(self) -> None:
         """Until no request is live."""
@@ -77,7 +80,7 @@ class GenerationService:
                     delta = await run.stream.take_whole()
                 finally:
                     run.model.engine.release(run.engine_id)
-                    caller.charge(run.stream.completion_tokens)
+                    caller.charge(run.stream.produced_tokens)
             finally:
                 self._unclaim(request_id)
         return whole_answer(run, delta)
@@ -96,7 +99,7 @@ class GenerationService:
                 finally:
                     # Cancelled, vanished, expired or done: what still runs is aborted.
                     run.model.engine.release(run.engine_id)
-                    caller.charge(run.stream.completion_tokens)
+                    caller.charge(run.stream.produced_tokens)
             finally:
                 self._unclaim(request_id)
 
@@ -141,6 +144,8 @@ class GenerationService:
         model = caller.find(self._models, request.model)
         options = check_options(request, model, self._queue_timeout)
         prompt = await prompt_ids(request, model)
+        if self.drained:
+            raise Unavailable("the server is draining", cause="draining")
         prompt, stopping = fit_prompt(
             request, prompt, options, model.max_context_tokens, self._max_prompt_tokens
         )

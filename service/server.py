@@ -167,6 +167,7 @@ class Server:
         idle = asyncio.create_task(self._generation.idle())
         await asyncio.wait({hurried, idle}, timeout=grace, return_when=asyncio.FIRST_COMPLETED)
         remaining = self._generation.num_live
+        self._generation.drained = True
         for engine in {model.engine for model in self.models} | self._leaving:
             engine.end_all(FinishReason.SHUTDOWN)
         await asyncio.wait({idle}, timeout=LAST_WRITES_S)

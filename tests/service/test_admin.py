@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from typing import Any
 
 import grpc
 import pytest
@@ -13,6 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tests.service.harness import Harness, running
 from tests.service.stub_engine import StubEngine
 from zllm.errors import Unavailable
+from zllm.service import generation
 from zllm.service.config import ServerConfig
 from zllm.v1 import admin_pb2
 
@@ -106,6 +108,25 @@ async def test_what_outlasts_the_drains_timeout_ends_with_shutdown() -> None:
         assert answer.finish_reason == "shutdown"
         assert answer.text
         await server.until_idle()
+
+
+async def test_who_is_still_tokenizing_when_a_drain_ends_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain = generation.prompt_ids
+
+    async def slow(request: Any, model: Any) -> list[int]:
+        await asyncio.sleep(0.3)
+        return await plain(request, model)
+
+    monkeypatch.setattr(generation, "prompt_ids", slow)
+    async with running(StubEngine(step_s=0.05)) as server:
+        asking = asyncio.create_task(server.client.generate("abc", **SLOW))
+        await asyncio.sleep(0.1)
+        request = admin_pb2.DrainRequest(timeout=Duration(nanos=1))
+        assert (await server.admin.Drain(request)).remaining_requests == 1
+        with pytest.raises(Unavailable, match="draining"):
+            await asyncio.wait_for(asking, 0.1)  # the drain waited for it
 
 
 async def test_work_is_still_taken_in_the_drain_delay() -> None:

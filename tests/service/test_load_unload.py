@@ -22,6 +22,8 @@ from zllm.clients.client import Client
 from zllm.errors import ConfigError, InvalidRequest, Unavailable, UnknownModel
 from zllm.runtime.config import EngineConfig
 from zllm.runtime.embedded import EMBEDDED_MODEL
+from zllm.service import generation
+from zllm.service.engine_client import EngineClient
 from zllm.service.model_folders import find_folder
 from zllm.service.supervisor import EngineProcess
 from zllm.v1 import admin_pb2, admin_pb2_grpc
@@ -83,6 +85,31 @@ async def is_expected(client: AsyncClient, name: str) -> bool:
     except Unavailable:
         pass
     return True
+
+
+async def test_who_is_still_tokenizing_when_the_model_goes_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    leaving = asyncio.Event()
+    plain, shut_down = generation.prompt_ids, EngineClient.shut_down
+
+    async def held_up(request: Any, model: Any) -> list[int]:
+        if model.name == "two":
+            await leaving.wait()
+        return await plain(request, model)
+
+    def told(client: EngineClient) -> None:
+        shut_down(client)
+        leaving.set()
+
+    monkeypatch.setattr(generation, "prompt_ids", held_up)
+    monkeypatch.setattr(EngineClient, "shut_down", told)
+    async with serving(names=("one", "two")) as served, administering(served) as (admin, client):
+        asking = asyncio.create_task(client.generate("abc", model="two", max_tokens=3))
+        await asyncio.sleep(0.1)
+        await admin.UnloadModel(unload_request("two"))
+        with pytest.raises(Unavailable):
+            await asyncio.wait_for(asking, 5)
 
 
 def test_a_model_comes_and_goes_while_another_serves() -> None:
