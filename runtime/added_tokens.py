@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-_SPACES = "".join(
+_SPACES = frozenset(
     map(chr, (*range(9, 14), 0x20, 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029,
               0x202F, 0x205F, 0x3000))
 )  # fmt: skip
@@ -69,13 +69,14 @@ class _Finder:
         for match in self._pattern.finditer(text) if self._pattern else ():
             token, start, end = self._tokens[match[0]], *match.span()
             if token.single_word and (
-                _is_word(text[start - 1 : start]) or _is_word(text[end:][:1])
+                _is_word(text[start - 1 : start]) or _is_word(text[end : end + 1])
             ):
                 continue
-            if token.lstrip:
-                start = max(done, len(text[:start].rstrip(_SPACES)))
-            if token.rstrip:
-                end = len(text) - len(text[end:].lstrip(_SPACES))
+            # Step by step: a copy of what is left, for each token, is quadratic.
+            while token.lstrip and start > done and text[start - 1] in _SPACES:
+                start -= 1
+            while token.rstrip and end < len(text) and text[end] in _SPACES:
+                end += 1
             if start > done:
                 yield text[done:start]
             yield token.id
