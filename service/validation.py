@@ -163,7 +163,7 @@ def fit_prompt(
     check.done()
     stopping = options.stopping
     return prompt, Stopping(
-        max_tokens=wanted or room,
+        max_tokens=wanted or context,  # more than fits: the engine ends it, and says why
         min_tokens=stopping.min_tokens,
         eos_token_ids=stopping.eos_token_ids,
         stop_token_ids=stopping.stop_token_ids,

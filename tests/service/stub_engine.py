@@ -201,8 +201,9 @@ class StubEngine:
             return token, FinishReason.EOS
         if token in stopping.stop_token_ids:
             return token, FinishReason.STOP
-        if sequence.produced >= stopping.max_tokens:
-            full = length >= self.max_model_len
+        room = self.max_model_len - len(sequence.prompt)
+        if sequence.produced >= min(stopping.max_tokens, room):
+            full = stopping.max_tokens > room
             return token, FinishReason.CONTEXT_LIMIT if full else FinishReason.LENGTH
         return token, FinishReason.NONE
 

@@ -175,6 +175,13 @@ def test_cancels_vanished_clients_and_deadlines_give_every_block_back() -> None:
         assert ask(served.target, "What is 12 + 7?") == "12 + 7 = 19"
 
 
+def test_a_limit_that_is_left_out_is_the_context() -> None:
+    with serving("--max-model-len", "64") as served, Client(served.target) as client:
+        for limit, finish in ((None, "context_limit"), (59, "length")):
+            answer = client.generate([40] * 5, max_tokens=limit, ignore_eos=True)
+            assert (answer.finish_reason, answer.usage.completion_tokens) == (finish, 59)
+
+
 def test_many_requests_at_once_are_all_answered_rightly() -> None:
     sums = [(a, 3 * a % 50) for a in range(1, 41)]
     with serving("--max-num-batched-tokens", "64") as served:
