@@ -46,6 +46,11 @@ class _Live:
     detokenizer: Detokenizer | None
     """None where the text can wait for the end: nothing in it can stop the request."""
 
+    def hides_last(self, finish: int) -> bool:
+        """The token that ended it is an id of the output, but no text of it."""
+        ends = finish in (FinishReason.EOS, FinishReason.STOP)
+        return ends and not self.params.include_stop_str_in_output
+
 
 class LLM:
     """Offline inference.
@@ -221,7 +226,7 @@ class LLM:
                 live.completion.token_ids.append(token)
                 if live.completion.logprobs is not None:
                     live.completion.logprobs.append(step.logprobs[index])
-                if live.detokenizer is not None:
+                if live.detokenizer is not None and not live.hides_last(finish):
                     live.completion.text += live.detokenizer.push(token)
                     if live.detokenizer.matched_stop is not None:
                         live.completion.stop_reason = live.detokenizer.matched_stop
@@ -243,8 +248,7 @@ class LLM:
         if live.detokenizer is not None:
             completion.text += live.detokenizer.flush()
         elif self.tokenizer is not None:
-            ends = reason in (FinishReason.EOS, FinishReason.STOP) and live.completion.token_ids
-            shown = ids[:-1] if ends else ids
+            shown = ids[:-1] if live.hides_last(reason) else ids
             skip = live.params.skip_special_tokens
             completion.text = self.tokenizer.decode(shown, skip_special_tokens=skip)
 

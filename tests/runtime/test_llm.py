@@ -62,6 +62,26 @@ def test_a_stop_token_is_named_and_not_in_the_text(llm: LLM) -> None:
     assert output.outputs[0].stop_reason == comma
 
 
+def test_a_token_that_ends_it_is_in_the_text_only_where_asked(llm: LLM) -> None:
+    (plain,) = llm.chat(ask("What is 12 + 7?"), GREEDY)
+    end = plain.outputs[0].token_ids[4]
+    assert llm.tokenizer is not None
+    for keep in (False, True):
+        for stop in ([], ["never"]):
+            params = SamplingParams(
+                temperature=0.0,
+                stop=stop,
+                stop_token_ids=[end],
+                include_stop_str_in_output=keep,
+            )
+            (output,) = llm.chat(ask("What is 12 + 7?"), params)
+            completion = output.outputs[0]
+            assert (completion.finish_reason, completion.stop_reason) == ("stop", end)
+            ids = completion.token_ids
+            assert ids[-1] == end
+            assert completion.text == llm.tokenizer.decode(ids if keep else ids[:-1])
+
+
 def test_the_same_seed_gives_the_same_tokens_alone_and_in_a_batch(llm: LLM) -> None:
     params = SamplingParams(temperature=2.0, max_tokens=20, seed=7, ignore_eos=True)
     others = SamplingParams(temperature=2.0, max_tokens=20, ignore_eos=True)
