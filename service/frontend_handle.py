@@ -30,13 +30,16 @@ class FrontendHandle:
     async def start(self, begin: Begin, counts: str) -> None:
         """`counts` is the folder of prometheus_client's files. Raises ConfigError where it cannot
         begin."""
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self._process = await asyncio.create_subprocess_exec(
-                *FRONTEND_COMMAND,
-                stdin=theirs.fileno(),
-                env=os.environ | {COUNTS: counts},
-            )
+        try:
+            ours, theirs = socket.socketpair()
+            with theirs:
+                self._process = await asyncio.create_subprocess_exec(
+                    *FRONTEND_COMMAND,
+                    stdin=theirs.fileno(),
+                    env=os.environ | {COUNTS: counts},
+                )
+        except OSError as error:
+            raise ConfigError(f"the frontend's process cannot be started: {error}") from error
         self._channel = await Channel.over(ours)
         self._reading = asyncio.create_task(self._read(self._channel))
         await self.call(begin)

@@ -22,6 +22,8 @@ from zllm.errors import ConfigError
 from zllm.runtime.embedded import EMBEDDED_MODEL
 from zllm.runtime.messages import FinishReason
 from zllm.service.config import ServerConfig
+from zllm.service.control import Begin
+from zllm.service.frontend_handle import FrontendHandle
 from zllm.service.frontends import Frontends
 from zllm.service.tenants import Grant
 from zllm.v1 import admin_pb2, admin_pb2_grpc, generation_pb2, generation_pb2_grpc
@@ -289,3 +291,14 @@ def test_limits_of_a_key_are_divided_among_frontends() -> None:
     assert grant.divided(4).max_concurrent_requests == 1
     assert grant.divided(1) == grant
     assert Grant(tenant="t").divided(2) == Grant(tenant="t")
+
+
+async def test_a_frontend_that_cannot_be_spawned_is_an_error_that_its_keeper_knows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("zllm.service.frontend_handle.FRONTEND_COMMAND", ("/no/such/program",))
+    handle = FrontendHandle()
+    with pytest.raises(ConfigError, match="cannot be started"):
+        await handle.start(Begin(ServerConfig(), "", 0, []), counts="")
+    assert await handle.until_lost(1.0) == "it never began"
+    await handle.stop()
