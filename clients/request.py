@@ -26,7 +26,8 @@ def build_request(prompt: Prompt, **options: Any) -> generation_pb2.GenerateRequ
     """`options` are the contract's field names, flat: temperature, max_tokens, stop_strings,
     logprobs … Times are in seconds. Besides: `stop` (one string or several), `text` (False: no
     text back), `cache_salt`, `bypass_cache`, `tools`, `template_kwargs`.
-    Raises TypeError for a name or a type that the contract does not know."""
+    Raises TypeError for a name or a type that the contract does not know, and for a chat's options
+    beside another prompt."""
     request = generation_pb2.GenerateRequest()
     _set_prompt(request, prompt)
     stop = options.pop("stop", None)
@@ -64,6 +65,8 @@ def _set_option(request: generation_pb2.GenerateRequest, name: str, value: Any) 
         request.cache.salt = value
     elif name == "bypass_cache":
         request.cache.bypass = value
+    elif name in ("tools", "template_kwargs") and request.WhichOneof("prompt") != "chat":
+        raise TypeError(f"{name!r} is of a chat: the prompt must be its messages")
     elif name == "tools":
         request.chat.tools_json = json.dumps(value)
     elif name == "template_kwargs":

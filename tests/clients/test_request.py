@@ -93,6 +93,13 @@ def test_an_unknown_name_or_type_fails_before_anything_is_sent(options: dict[str
         build_request("hi", **options)
 
 
+@pytest.mark.parametrize("options", [{"tools": []}, {"template_kwargs": {"a": 1}}])
+@pytest.mark.parametrize("prompt", ["text", [1, 2]])
+def test_a_chats_options_need_a_chat(prompt: Any, options: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match="messages"):
+        build_request(prompt, **options)
+
+
 class Failure(grpc.RpcError):
     """What gRPC raises for a status."""
 
