@@ -5,9 +5,10 @@ The model's own shape is `ModelConfig` (runtime/model_config.py), read from its 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
 from zllm.errors import ConfigError
 
@@ -18,6 +19,14 @@ Policy = Literal["fcfs", "priority", "sjf", "lpm", "fair"]
 DType = Literal["auto", "float32", "float16", "bfloat16"]
 KVCacheDType = Literal["auto", "fp32", "fp16", "bf16", "fp8_e4m3"]
 Device = Literal["auto", "cpu", "cuda"]
+LoadFormat = Literal["auto", "dummy"]
+_CHOICES: dict[str, Any] = {
+    "device": Device,
+    "dtype": DType,
+    "kv_cache_dtype": KVCacheDType,
+    "scheduling_policy": Policy,
+    "load_format": LoadFormat,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,23 +60,37 @@ class EngineConfig:
     enforce_eager: bool = False
     """Never capture CUDA graphs."""
     seed: int = 0
-    load_format: Literal["auto", "dummy"] = "auto"
+    load_format: LoadFormat = "auto"
     """`dummy` draws random weights: for speed measurements."""
 
     def __post_init__(self) -> None:
+        for name, kind in _CHOICES.items():
+            if getattr(self, name) not in get_args(kind):
+                choices = ", ".join(map(repr, get_args(kind)))
+                raise ConfigError(f"{name} is {getattr(self, name)!r}: it must be one of {choices}")
+        for name in ("interactive", "enable_prefix_caching", "enforce_eager"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}: it must be True or False")
         for name in ("max_num_seqs", "max_queued_requests", "max_queued_tokens"):
-            value = getattr(self, name)
-            if value < 1:
-                raise ConfigError(f"{name} is {value}: it must be at least 1")
+            if not _is_count(getattr(self, name)):
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)!r}: it must be an integer of at least 1"
+                )
         for name in ("max_model_len", "max_num_batched_tokens", "num_kv_blocks"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}: it must be at least 1, or left out")
+            if getattr(self, name) is not None and not _is_count(getattr(self, name)):
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)!r}: it must be an integer of at least 1, or "
+                    "left out"
+                )
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ConfigError(
                 f"gpu_memory_utilization is {self.gpu_memory_utilization}: it must be in (0, 1]"
             )
         if self.memory_share is not None and not 0.0 < self.memory_share <= 1.0:
             raise ConfigError(f"memory_share is {self.memory_share}: it must be in (0, 1]")
-        if not self.swap_space_gib >= 0.0:
+        if not 0.0 <= self.swap_space_gib < math.inf:
             raise ConfigError(f"swap_space_gib is {self.swap_space_gib}: it must be 0 or more")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from zllm.errors import InvariantError, Overloaded, RequestError
+from zllm.errors import EngineError, InvariantError, Overloaded, RequestError
 from zllm.native.scheduler import Scheduler
 from zllm.native.step_objects import Events, Plan
 from zllm.runtime.config import EngineConfig
@@ -64,6 +64,7 @@ class Engine:
         )
         self.runner.allocate_arenas(self.scheduler.arena_words)
         self._in_flight: _Step | None = None
+        self._broken = False
         self._refused: list[RequestRefused] = []
         self._steps = StepTally()
         self._violations = 0
@@ -82,7 +83,9 @@ class Engine:
         )
 
     def add(self, request: AddRequest) -> None:
-        """Queue a request. One that the scheduler refuses is named in the next StepOutput."""
+        """Queue a request. One that the scheduler refuses is named in the next StepOutput. Raises
+        EngineError where a step did not come to its end."""
+        self._require_whole()
         sampling, stopping = request.sampling, request.stopping
         try:
             self.scheduler.add(
@@ -121,10 +124,24 @@ class Engine:
 
     def has_work(self) -> bool:
         """Whether `step` has something to do now or once a step in flight is done."""
+        if self._broken:
+            return False
         return self._in_flight is not None or bool(self._refused) or self.scheduler.has_work()
 
     def step(self) -> StepOutput | None:
-        """Launch the next step, then publish the one before it. None: nothing to tell."""
+        """Launch the next step, then publish the one before it. None: nothing to tell.
+
+        What interrupts a step, an error or the user, leaves scheduler and device of two minds: the
+        engine does nothing any more. Raises EngineError then.
+        """
+        self._require_whole()
+        try:
+            return self._step()
+        except BaseException:
+            self._broken = True
+            raise
+
+    def _step(self) -> StepOutput | None:
         now = time.monotonic()
         plan = self.scheduler.plan(now, self.runner.arenas[self._arena])
         launched = None
@@ -179,10 +196,14 @@ class Engine:
 
     def close(self) -> None:
         """Wait for the step in flight and release the device's memory."""
-        if self._in_flight is not None:
+        if self._in_flight is not None and not self._broken:
             self.runner.collect(self._in_flight.ticket)
-            self._in_flight = None
+        self._in_flight = None
         self.runner.close()
+
+    def _require_whole(self) -> None:
+        if self._broken:
+            raise EngineError("the engine broke off in an earlier step: make a new one")
 
     def _output(self, events: Events | None, result: StepResult | None) -> StepOutput | None:
         refused, self._refused = self._refused, []

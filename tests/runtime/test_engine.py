@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from zllm.errors import InvariantError
+from zllm.errors import EngineError, InvariantError
 from zllm.runtime.config import EngineConfig
 from zllm.runtime.embedded import EMBEDDED_MODEL
 from zllm.runtime.engine import Engine
@@ -102,6 +102,25 @@ def test_who_waits_too_long_is_told_while_others_run(engine: Engine) -> None:
     assert finishes == {4: FinishReason.QUEUE_TIMEOUT, 5: FinishReason.TIME_LIMIT}
     assert engine.load().queued_requests == 1
     assert run(engine)[6][1] == FinishReason.LENGTH
+
+
+def test_a_step_that_breaks_off_ends_the_engine_and_not_the_callers_wait(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.add(request(1))
+    engine.step()
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine.runner, "launch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    assert not engine.has_work()
+    for call in (engine.step, lambda: engine.add(request(2))):
+        with pytest.raises(EngineError, match="make a new one"):
+            call()
+    engine.close()
 
 
 def test_log_probabilities_come_for_those_who_asked(engine: Engine) -> None:

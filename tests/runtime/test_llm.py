@@ -121,6 +121,36 @@ def test_a_bad_prompt_gives_up_those_that_run_already(llm: LLM) -> None:
     assert llm.engine.load().running_requests == 0
 
 
+def test_an_error_inside_a_step_is_what_the_caller_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = LLM(device="cpu", num_kv_blocks=64)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("of torch")
+
+    monkeypatch.setattr(broken.engine.runner, "launch", fail)
+    with pytest.raises(RuntimeError, match="of torch"):
+        broken.generate([[1, 2, 3]] * 60)
+    broken.close()
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("load_format", "Dummy"),
+        ("dtype", "int8"),
+        ("device", "CPU"),
+        ("kv_cache_dtype", "int8"),
+        ("enable_prefix_caching", "false"),
+        ("max_num_seqs", 2.5),
+        ("num_kv_blocks", 0),
+        ("swap_space_gib", float("inf")),
+    ],
+)
+def test_a_bad_option_is_named_with_its_value(option: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=f"{option} is {value!r}"):
+        LLM(**{option: value})
+
+
 def test_any_number_of_prompts_is_taken(llm: LLM) -> None:
     count = llm.engine.scheduler.stats()["admissions"]
     many = 5000  # more than a server would let wait
