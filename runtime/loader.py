@@ -16,6 +16,7 @@ from torch import Tensor
 from zllm.errors import ModelLoadError
 from zllm.runtime.models.parameters import Parameter, Weights
 
+_WHOLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 
@@ -29,27 +30,35 @@ def load_weights(
     """Read every parameter from the folder's safetensors files, converted to `dtype`.
 
     Tensors that the model does not ask for are ignored. Raises ModelLoadError where a file is
-    missing or corrupt, or a tensor is missing, of another shape or no floating-point tensor.
+    missing or corrupt, or a tensor is missing, there twice, of another shape, no floating-point
+    tensor, or not the copy that it should be.
     """
     weights: Weights = {}
     wanted: dict[str, Tensor] = {}
+    copies: dict[str, Tensor] = {}
     for parameter in parameters:
         weight = torch.empty(parameter.shape, dtype=dtype, device=device)
         weights[parameter.name] = weight
         parts = weight.split([rows for _, rows in parameter.sources])
         wanted.update(zip((name for name, _ in parameter.sources), parts, strict=True))
+        if parameter.copy is not None:
+            copies[parameter.copy] = weight
     console = Console(stderr=True)
     files = _files(folder)
+    found: dict[str, Path] = {}
     for path in track(
         files, "Loading weights", console=console, disable=not console.is_terminal, transient=True
     ):
-        _load_file(path, wanted)
-    if wanted:
-        first = sorted(wanted)[:3]
+        _load_file(path, wanted, found)
+    missing = sorted(wanted.keys() - found.keys())
+    if missing:
         raise ModelLoadError(
-            f"{folder}: {len(wanted)} tensors are missing from the safetensors files, among them "
-            f"{', '.join(first)}: the checkpoint is incomplete, or config.json is another model's"
+            f"{folder}: {len(missing)} tensors are missing from the safetensors files, among them "
+            f"{', '.join(missing[:3])}: the checkpoint is incomplete, or config.json is another "
+            "model's"
         )
+    for path in files:
+        _check_copies(path, copies)
     return weights
 
 
@@ -80,8 +89,11 @@ def weights_bytes(weights: Weights) -> int:
 
 
 def _files(folder: Path) -> list[Path]:
-    """The folder's safetensors files: those of its index, or all of them."""
-    index = folder / _INDEX
+    """The folder's safetensors files: the one with the name for all weights, those of its index, or
+    all of them."""
+    whole, index = folder / _WHOLE, folder / _INDEX
+    if whole.exists():
+        return [whole]
     if not index.exists():
         files = sorted(folder.glob("*.safetensors"))
         if not files:
@@ -102,14 +114,19 @@ def _files(folder: Path) -> list[Path]:
     return files
 
 
-def _load_file(path: Path, wanted: dict[str, Tensor]) -> None:
-    """Copy the file's wanted tensors to their places, and take them off the list."""
+def _load_file(path: Path, wanted: dict[str, Tensor], found: dict[str, Path]) -> None:
+    """Copy the file's wanted tensors to their places, and note where they were found."""
     try:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
                 target = wanted.get(name)
                 if target is None:
                     continue
+                if name in found:
+                    raise ModelLoadError(
+                        f"{path}: tensor {name} is in {found[name].name} too: take one of the two "
+                        "away"
+                    )
                 view = file.get_slice(name)
                 shape, kind = tuple(view.get_shape()), view.get_dtype()
                 if kind not in _FLOATS:
@@ -123,6 +140,19 @@ def _load_file(path: Path, wanted: dict[str, Tensor]) -> None:
                         f"{list(target.shape)}"
                     )
                 target.copy_(file.get_tensor(name))
-                del wanted[name]
+                found[name] = path
     except (SafetensorError, OSError, ValueError) as error:
         raise ModelLoadError(f"{path} is corrupt: {error}; download the model again") from error
+
+
+def _check_copies(path: Path, copies: dict[str, Tensor]) -> None:
+    """What config.json calls one tensor, and the file has twice, must be the same."""
+    with safe_open(path, framework="pt") as file:
+        for name in copies.keys() & set(file.keys()):
+            weight = copies[name]
+            stored = file.get_tensor(name).to(weight.device, weight.dtype)
+            if not torch.equal(stored, weight):
+                raise ModelLoadError(
+                    f"{path}: tensor {name} is not the embedding, though config.json says "
+                    "tie_word_embeddings: set that to false, or take the tensor out"
+                )

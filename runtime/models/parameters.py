@@ -21,11 +21,15 @@ class Parameter:
     """Tensors of the checkpoint and their rows, stacked along the first dimension in this order."""
     init: Literal["normal", "ones"] = "normal"
     """How dummy weights are drawn."""
+    copy: str | None = None
+    """A tensor of the checkpoint that holds the same once more, where it is there at all."""
 
 
-def linear(name: str, columns: int, *sources: tuple[str, int]) -> Parameter:
+def linear(
+    name: str, columns: int, *sources: tuple[str, int], copy: str | None = None
+) -> Parameter:
     """A [rows, columns] matrix of the `sources` (checkpoint name, rows)."""
-    return Parameter(name, (sum(rows for _, rows in sources), columns), sources)
+    return Parameter(name, (sum(rows for _, rows in sources), columns), sources, copy=copy)
 
 
 def bias(name: str, *sources: tuple[str, int]) -> Parameter:

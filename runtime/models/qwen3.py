@@ -43,7 +43,12 @@ class Qwen3:
         hidden, inner = config.hidden_size, config.intermediate_size
         q_size = config.num_heads * config.head_dim
         kv_size = config.num_kv_heads * config.head_dim
-        yield linear("embedding", hidden, ("model.embed_tokens.weight", config.vocab_size))
+        yield linear(
+            "embedding",
+            hidden,
+            ("model.embed_tokens.weight", config.vocab_size),
+            copy="lm_head.weight" if config.tie_word_embeddings else None,
+        )
         for i in range(config.num_layers):
             ours, theirs = f"layers.{i}.", f"model.layers.{i}."
             attention, mlp = theirs + "self_attn.", theirs + "mlp."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -118,15 +119,50 @@ def test_a_missing_shard_is_named(hf_model, tmp_path):
         load(folder)
 
 
+@pytest.mark.parametrize("name", ["ema.safetensors", "model.safetensors.index.json"])
+def test_the_file_of_all_weights_comes_before_whatever_else_is_there(folder, hf_model, name):
+    if name.endswith(".json"):
+        (folder / name).write_text('{"weight_map": {"model.norm.weight": "old.safetensors"}}')
+    else:
+        others = {
+            k: torch.zeros_like(v) for k, v in load_file(folder / "model.safetensors").items()
+        }
+        save_file(others, folder / name)
+    assert torch.equal(load(folder)["head"], hf_model.lm_head.weight)
+
+
+def test_a_tensor_in_two_files_is_named_with_both(folder):
+    whole = folder / "model.safetensors"
+    shutil.copy(whole, folder / "a.safetensors")
+    whole.rename(folder / "b.safetensors")
+    with pytest.raises(ModelLoadError, match=r"b\.safetensors: tensor .* is in a\.safetensors too"):
+        load(folder)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_tied_checkpoint_may_hold_its_head_but_no_other(tmp_path, same):
+    model = make_hf_model(tie_word_embeddings=True)
+    folder = save(model, tmp_path)
+    head = model.lm_head.weight.detach().clone()
+    edit(folder, lambda tensors: tensors.update({"lm_head.weight": head if same else head + 1}))
+    if same:
+        assert torch.equal(load(folder)["embedding"], head)
+    else:
+        with pytest.raises(ModelLoadError, match=r"lm_head\.weight is not the embedding"):
+            load(folder)
+
+
 @pytest.mark.parametrize("index", ["{", "[]", "{}", '{"weight_map": 3}'])
 def test_a_corrupt_index_is_named(folder, index):
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
     (folder / "model.safetensors.index.json").write_text(index)
     with pytest.raises(ModelLoadError, match=r"index\.json is corrupt"):
         load(folder)
 
 
 def test_an_index_cannot_name_a_file_outside_of_the_folder(folder):
-    outside = {"weight_map": {"model.norm.weight": "../model/model.safetensors"}}
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+    outside = {"weight_map": {"model.norm.weight": "../model/other.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(outside))
     with pytest.raises(ModelLoadError, match="outside of the model's folder"):
         load(folder)
