@@ -144,6 +144,7 @@ class CudaRunner:
             f"in {compiled - started:.1f} s",
             *memory.lines(),
             pool_line(memory.num_blocks, per_block, self.max_model_len),
+            *model_config.notes(),
         ]
 
     def allocate_arenas(self, num_words: int) -> None:
@@ -211,7 +212,8 @@ class CudaRunner:
         if self._graphs is not None and size is not None and all_sample and size <= SHORT_STEP:
             self._graphs.replay("step", size)
             return None
-        self._run_body(plan.num_tokens, decode_only=decode_only)
+        # A head's graph reads as many samples as its size: the body must have written so many.
+        self._run_body(max(plan.num_tokens, size or 0), decode_only=decode_only)
         if self._graphs is not None and size is not None:
             self._graphs.replay("head", size)
             return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,20 @@ _DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
+
+
+_UNSUPPORTED = {
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "bad_words_ids": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "sequence_bias": None,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+}
+"""Of generation_config.json: what changes the tokens, and the value that does not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +73,8 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
+    ignored: tuple[str, ...] = ()
+    """What generation_config.json asks for and nothing here does."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -89,6 +106,12 @@ class ModelConfig:
         layer += 3 * self.hidden_size * self.intermediate_size
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
         return self.num_layers * layer + embeddings
+
+    def notes(self) -> list[str]:
+        """Lines for the operator: where answers may differ from what the checkpoint asks for."""
+        return [
+            f"generation_config.json: {what} is not supported, and ignored" for what in self.ignored
+        ]
 
     def context_length(self, max_model_len: int | None) -> int:
         """Tokens of the longest request where memory allows it. Raises ConfigError."""
@@ -156,11 +179,11 @@ class ModelConfig:
             dtype=_dtype(raw),
             bos_token_id=bos if isinstance(bos, int) else None,
             eos_token_ids=_token_ids(generation.get("eos_token_id", raw.get("eos_token_id"))),
-            sampling=SamplingDefaults(
-                temperature=_optional_float(generation, "temperature"),
-                top_p=_optional_float(generation, "top_p"),
-                top_k=generation.get("top_k"),
-                min_p=_optional_float(generation, "min_p"),
+            sampling=_sampling_defaults(generation),
+            ignored=tuple(
+                f"{name} {generation[name]!r}"
+                for name, neutral in _UNSUPPORTED.items()
+                if generation.get(name) not in (None, neutral)
             ),
         )
 
@@ -188,18 +211,52 @@ def _integer(raw: dict[str, Any], name: str, default: int | None = None) -> int:
     return value
 
 
-def _optional_float(raw: dict[str, Any], name: str) -> float | None:
-    value = raw.get(name)
-    return None if value is None else float(value)
+def _sampling_defaults(generation: dict[str, Any]) -> SamplingDefaults:
+    def number(name: str, high: float) -> float | None:
+        value = generation.get(name)
+        if value is None:
+            return None
+        if not _is_number(value) or not 0.0 <= value <= high:
+            raise ModelLoadError(
+                f"generation_config.json: {name} is {value!r}: it must be a number in [0, {high:g}]"
+            )
+        return float(value)
+
+    top_p = number("top_p", 1.0)
+    if top_p == 0.0:
+        raise ModelLoadError("generation_config.json: top_p is 0: it must be above 0")
+    top_k = generation.get("top_k")
+    if top_k is not None and not _is_id(max(top_k, 0) if isinstance(top_k, int) else top_k):
+        raise ModelLoadError(
+            f"generation_config.json: top_k is {top_k!r}: it must be a number of tokens, 0 for all"
+        )
+    return SamplingDefaults(
+        temperature=number("temperature", 100.0),
+        top_p=top_p,
+        top_k=None if top_k is None else max(top_k, 0),  # -1: all
+        min_p=number("min_p", 1.0),
+    )
+
+
+def _is_number(value: object) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and math.isfinite(value)  # type: ignore[arg-type]
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
 
 
 def _token_ids(value: object) -> tuple[int, ...]:
     """One id, a list of ids, or nothing."""
-    if isinstance(value, int):
-        return (value,)
-    if isinstance(value, list):
-        return tuple(int(item) for item in value)
-    return ()
+    if value is None:
+        return ()
+    ids = tuple(value) if isinstance(value, list) else (value,)
+    if not all(_is_id(item) for item in ids):
+        raise ModelLoadError(
+            f"eos_token_id is {value!r}: it must be a token's id, or a list of them"
+        )
+    return ids
 
 
 def _dtype(raw: dict[str, Any]) -> torch.dtype:
@@ -214,11 +271,23 @@ def _dtype(raw: dict[str, Any]) -> torch.dtype:
 
 def _rope(raw: dict[str, Any]) -> RopeConfig:
     """`rope_parameters` (transformers 5), or `rope_theta` with `rope_scaling` before it."""
-    parameters = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind != "default":
-        raise ModelLoadError(f"config.json: the RoPE type is {kind!r}: only 'default' is supported")
-    theta = float(parameters.get("rope_theta", raw.get("rope_theta", 10000.0)))
-    if not theta > 0.0:
-        raise ModelLoadError(f"config.json: rope_theta is {theta}: it must be above 0")
-    return RopeConfig(theta=theta)
+    given = {name: raw[name] for name in ("rope_parameters", "rope_scaling") if raw.get(name)}
+    for name, parameters in given.items():
+        if not isinstance(parameters, dict) or any(
+            isinstance(value, dict) for value in parameters.values()
+        ):
+            raise ModelLoadError(
+                f"config.json: {name} is {parameters!r}: only one RoPE for all layers is supported"
+            )
+        kind = parameters.get("rope_type", parameters.get("type", "default"))
+        if kind != "default":
+            raise ModelLoadError(
+                f"config.json: {name} asks for the RoPE type {kind!r}: only 'default' is supported"
+            )
+    if len(given) > 1 and given["rope_parameters"] != given["rope_scaling"]:
+        raise ModelLoadError("config.json: rope_parameters and rope_scaling differ: keep one")
+    parameters = next(iter(given.values()), {})
+    theta = parameters.get("rope_theta", raw.get("rope_theta", 10000.0))
+    if not _is_number(theta) or not theta > 0.0:
+        raise ModelLoadError(f"config.json: rope_theta is {theta!r}: it must be a number above 0")
+    return RopeConfig(theta=float(theta))

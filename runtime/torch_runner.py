@@ -76,6 +76,7 @@ class TorchRunner:
             f"parameters, {weights_bytes(weights) / 1024**2:,.1f} MiB in {name}",
             f"device: cpu, {torch.get_num_threads()} threads",
             pool_line(self.num_kv_blocks - 1, per_block, self.max_model_len),
+            *model_config.notes(),
         ]
 
     def allocate_arenas(self, num_words: int) -> None:

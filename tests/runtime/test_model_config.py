@@ -66,6 +66,35 @@ def test_generation_config_gives_end_tokens_and_sampling_defaults():
     assert config.sampling.min_p is None
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", -1),
+        ("temperature", float("nan")),
+        ("temperature", "hot"),
+        ("temperature", True),
+        ("top_p", 0),
+        ("top_p", 2.0),
+        ("min_p", -0.1),
+        ("top_k", 1.5),
+        ("top_k", 2**40),
+    ],
+)
+def test_a_bad_sampling_default_is_named_with_its_file(field, value):
+    with pytest.raises(ModelLoadError, match=rf"generation_config\.json: {field} is"):
+        read({field: value})
+
+
+def test_a_top_k_of_minus_1_is_all():
+    assert read({"top_k": -1}).sampling.top_k == 0
+
+
+def test_what_the_checkpoint_asks_for_in_vain_is_noted():
+    generation = {"repetition_penalty": 1.05, "no_repeat_ngram_size": 0, "typical_p": 1.0}
+    (note,) = read(generation).notes()
+    assert "repetition_penalty 1.05" in note
+
+
 def test_without_generation_config_the_models_own_end_token_counts():
     assert read(eos_token_id=5).eos_token_ids == (5,)
     assert read().eos_token_ids == ()
@@ -85,6 +114,19 @@ def test_without_generation_config_the_models_own_end_token_counts():
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "'yarn'"),
         ({"rope_parameters": {"rope_type": "llama3"}}, "'llama3'"),
         ({"rope_theta": -1.0}, "rope_theta is -1.0"),
+        ({"rope_theta": "big"}, "rope_theta is 'big'"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "one RoPE"),
+        ({"rope_parameters": "default"}, "one RoPE"),
+        (
+            {"rope_parameters": {"rope_theta": 1e6}, "rope_scaling": {"rope_type": "yarn"}},
+            "rope_scaling asks for the RoPE type 'yarn'",
+        ),
+        (
+            {"rope_parameters": {"rope_theta": 1e6}, "rope_scaling": {"rope_theta": 1e4}},
+            "rope_parameters and rope_scaling differ",
+        ),
+        ({"eos_token_id": [None]}, r"eos_token_id is \[None\]"),
+        ({"eos_token_id": 2**40}, "eos_token_id is"),
         ({"use_sliding_window": True}, "use_sliding_window"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
     ],
