@@ -22,7 +22,7 @@ class SamplingParams:
     """
 
     temperature: float | None = None
-    """1.0; 0 is greedy."""
+    """1.0, in [0, 100]; 0 is greedy."""
     top_p: float | None = None
     """1.0, in (0, 1]."""
     top_k: int | None = None
@@ -43,12 +43,12 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
         if self.top_k == -1:
             object.__setattr__(self, "top_k", 0)
-        _check_number("sampling.temperature", self.temperature, 0.0, math.inf)
+        _check_number("sampling.temperature", self.temperature, 0.0, 100.0)
         _check_number("sampling.top_p", self.top_p, 0.0, 1.0)
         if self.top_p == 0:
             raise InvalidRequest("sampling.top_p", "is 0: it must be in (0, 1]")
@@ -89,8 +89,6 @@ def _check_number(field: str, value: float | None, low: float, high: float) -> N
     if value is None:
         return
     allowed = f"it must be a number in [{low:g}, {high:g}]"
-    if high == math.inf:
-        allowed = f"it must be a finite number of at least {low:g}"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise InvalidRequest(field, f"is {value!r}: {allowed}")
     if not math.isfinite(value) or not low <= value <= high:

@@ -16,6 +16,7 @@ from zllm.runtime.sampling_params import SamplingParams
         ("sampling.temperature", {"temperature": math.nan}),
         ("sampling.temperature", {"temperature": math.inf}),
         ("sampling.temperature", {"temperature": -0.1}),
+        ("sampling.temperature", {"temperature": 1e39}),
         ("sampling.temperature", {"temperature": "hot"}),
         ("sampling.temperature", {"temperature": True}),
         ("sampling.top_p", {"top_p": 0.0}),
@@ -54,6 +55,11 @@ def test_good_values_are_kept():
     assert params.stop == ("end",)
     assert params.stop_token_ids == (3,)
     assert params.min_p is None, "left to the model's generation_config.json"
+
+
+def test_none_stops_nothing():
+    params = SamplingParams(stop=None, stop_token_ids=None)
+    assert (params.stop, params.stop_token_ids) == ((), ())
 
 
 def test_left_out_values_ask_for_16_tokens_as_vllm_does():
