@@ -286,8 +286,8 @@ def _rope(raw: dict[str, Any]) -> RopeConfig:
             )
     if len(given) > 1 and given["rope_parameters"] != given["rope_scaling"]:
         raise ModelLoadError("config.json: rope_parameters and rope_scaling differ: keep one")
-    parameters = next(iter(given.values()), {})
-    theta = parameters.get("rope_theta", raw.get("rope_theta", 10000.0))
+    chosen: dict[str, Any] = next(iter(given.values()), {})
+    theta = chosen.get("rope_theta", raw.get("rope_theta", 10000.0))
     if not _is_number(theta) or not theta > 0.0:
         raise ModelLoadError(f"config.json: rope_theta is {theta!r}: it must be a number above 0")
     return RopeConfig(theta=float(theta))
