@@ -226,14 +226,16 @@ def _sampling_defaults(generation: dict[str, Any]) -> SamplingDefaults:
     if top_p == 0.0:
         raise ModelLoadError("generation_config.json: top_p is 0: it must be above 0")
     top_k = generation.get("top_k")
-    if top_k is not None and not _is_id(max(top_k, 0) if isinstance(top_k, int) else top_k):
+    if top_k == -1:
+        top_k = 0
+    if top_k is not None and not _is_id(top_k):
         raise ModelLoadError(
-            f"generation_config.json: top_k is {top_k!r}: it must be a number of tokens, 0 for all"
+            f"generation_config.json: top_k is {top_k!r}: it must be a number of tokens, 0 or -1 for all"
         )
     return SamplingDefaults(
         temperature=number("temperature", 100.0),
         top_p=top_p,
-        top_k=None if top_k is None else max(top_k, 0),  # -1: all
+        top_k=top_k,
         min_p=number("min_p", 1.0),
     )
 
