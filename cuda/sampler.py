@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,6 +62,19 @@ class HostTokens:
     """[2, at least S] int32 in pinned memory: of even and of odd steps."""
     step: Tensor
     """[1] int32 on the device: the step's number."""
+
+
+class Logprobs(NamedTuple):
+    """Natural log-probabilities of S chosen tokens, and of the N most likely, best first."""
+
+    values: Tensor
+    """[S] float32; NaN where the token is -1."""
+    ranks: Tensor
+    """[S] int32; 1 is the most likely, 0 where the token is -1."""
+    top_ids: Tensor
+    """[S, N] int32."""
+    top_values: Tensor
+    """[S, N] float32."""
 
 
 def programs(dtype: torch.dtype, vocab: int, arena_macros: Mapping[str, int]) -> list[Program]:
@@ -186,28 +200,30 @@ class Sampler:
         grid = min(-(-length // 256), 4 * self._num_sms)
         self._count.launch((grid, 1, 1), (256, 1, 1), (counts, tokens, row, length, prompt_length))
 
-    def logprobs(
-        self, logits: Tensor, chosen: Tensor, num_top: int
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """[S, V], int32 [S] -> natural log-probabilities [S] of the chosen tokens and their ranks
-        [S] (NaN and 0 where the token is -1), then the ids and log-probabilities [S, num_top] of
-        the most likely tokens, best first."""
-        require("logits", logits, (self.dtype,), (None, self.vocab), self._device)
-        num = logits.shape[0]
-        require("chosen", chosen, INT, (num,), self._device)
+    def allocate_logprobs(self, num: int, num_top: int) -> Logprobs:
+        """For `num` rows and the `num_top` most likely tokens of each."""
         if not 0 <= num_top <= self.vocab:
             raise KernelError(f"num_top is {num_top}: it must be in [0, {self.vocab}]")
-        out = torch.empty(num, dtype=torch.float32, device=logits.device)
-        ranks = torch.empty(num, dtype=torch.int32, device=logits.device)
-        top_ids = torch.empty(num, num_top, dtype=torch.int32, device=logits.device)
-        top = torch.empty(num, num_top, dtype=torch.float32, device=logits.device)
-        self._logprobs.launch(
-            (num, 1, 1),
-            (1024, 1, 1),
-            (out, ranks, top_ids, top, logits, chosen, num_top),
-            pdl=self._pdl,
+        where = f"cuda:{self._device}"
+        return Logprobs(
+            torch.empty(num, dtype=torch.float32, device=where),
+            torch.empty(num, dtype=torch.int32, device=where),
+            torch.empty(num, num_top, dtype=torch.int32, device=where),
+            torch.empty(num, num_top, dtype=torch.float32, device=where),
         )
-        return out, ranks, top_ids, top
+
+    def logprobs(self, logits: Tensor, chosen: Tensor, out: Logprobs) -> None:
+        """[S, V], int32 [S] -> `out`, of S rows."""
+        require("logits", logits, (self.dtype,), (None, self.vocab), self._device)
+        num, num_top = logits.shape[0], out.top_ids.shape[-1]
+        require("chosen", chosen, INT, (num,), self._device)
+        require("out.values", out.values, _FLOAT, (num,), self._device)
+        require("out.ranks", out.ranks, INT, (num,), self._device)
+        require("out.top_ids", out.top_ids, INT, (num, num_top), self._device)
+        require("out.top_values", out.top_values, _FLOAT, (num, num_top), self._device)
+        self._logprobs.launch(
+            (num, 1, 1), (1024, 1, 1), (*out, logits, chosen, num_top), pdl=self._pdl
+        )
 
     def _splits(self, rows: int) -> int:
         """Slices of a row, so that all multiprocessors have about three thread blocks each."""

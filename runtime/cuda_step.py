@@ -112,6 +112,11 @@ class CudaStep:
             self._tables.params,
         )
         tokens = self._tokens[:size]
+        # Memory first: a step that finds none runs once more, but not once it has sampled, since
+        # its tokens are what the next one goes on from.
+        logprobs = None
+        if max_logprobs >= 0:
+            logprobs = self._sampler.allocate_logprobs(size, max_logprobs)
         chosen_from = logits
         if edits:
             # Log-probabilities are those of the unmodified distribution.
@@ -119,9 +124,10 @@ class CudaStep:
             chosen_from = self._sampler.edit(logits, rows, out=out)
         host = sampler.HostTokens(self.host_tokens, self._last_step)
         self._sampler.sample(chosen_from, rows, tokens, self._tables.last_token, host=host)
-        if max_logprobs < 0:
+        if logprobs is None:
             return Sampled(tokens)
-        return Sampled(tokens, *self._sampler.logprobs(logits, tokens, max_logprobs))
+        self._sampler.logprobs(logits, tokens, logprobs)
+        return Sampled(tokens, *logprobs)
 
     def move_blocks(self, plan: Plan, arena_index: int, cache: KVCache, host: KVCache) -> None:
         """Swap out, swap in and copy the blocks that the step's arena lists. It is copied to the

@@ -230,7 +230,7 @@ def _sampling_defaults(generation: dict[str, Any]) -> SamplingDefaults:
         top_k = 0
     if top_k is not None and not _is_id(top_k):
         raise ModelLoadError(
-            f"generation_config.json: top_k is {top_k!r}: it must be a number of tokens, 0 or -1 for all"
+            f"generation_config.json: top_k is {top_k!r}: it must be a number of tokens, 0 for all"
         )
     return SamplingDefaults(
         temperature=number("temperature", 100.0),

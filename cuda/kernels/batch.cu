@@ -93,7 +93,7 @@ __device__ __forceinline__ void list_samples(int* sample_tokens, int* sample_row
 // padding. Reads the block table: after take_arena.
 extern "C" __global__ void __launch_bounds__(256)
 expand_batch(int* tokens, int* positions, int* slots, int* rows, int* q_start, int* kv_len,
-             int* sample_tokens, int* sample_rows, const int* __restrict__ arena,
+             int* sample_tokens, int* sample_rows, const int* arena,
              const int* block_table, const int* last_token, int max_blocks, int num_tokens,
              int num_rows, int num_samples, int pad_row) {
   let_next_start();

@@ -8,8 +8,8 @@
 // Grid: any. pairs: (source block, target block), `count` of them, both on the device. No pair's
 // target may be another's source or target.
 extern "C" __global__ void __launch_bounds__(256)
-copy_blocks(uint4* target, const uint4* source, const int* __restrict__ pairs,
-            const int* __restrict__ count, int runs, int run_vecs, i64 source_block,
+copy_blocks(uint4* target, const uint4* source, const int* pairs,
+            const int* count, int runs, int run_vecs, i64 source_block,
             i64 source_run, i64 target_block, i64 target_run) {
   let_next_start();
   wait_for_previous();

@@ -21,8 +21,8 @@ __device__ __forceinline__ float penalize(float x, u16 count, float presence, fl
 extern "C" __global__ void __launch_bounds__(256)
 edit_logits(SCALAR* out, const SCALAR* logits, const u16* counts, const int* bias_ids,
             const float* bias_values, const int* bias_counts, int max_bias,
-            const int* __restrict__ table, const int* __restrict__ sample_rows,
-            const int* __restrict__ sample_tokens, const int* __restrict__ positions) {
+            const int* table, const int* sample_rows,
+            const int* sample_tokens, const int* positions) {
   let_next_start();
   wait_for_previous();
   const int s = blockIdx.y;
@@ -64,7 +64,7 @@ edit_logits(SCALAR* out, const SCALAR* logits, const u16* counts, const int* bia
 // Grid: any. Adds a sequence's tokens to its (cleared) row of counts: the first `prompt_length`
 // mark the prompt, the others count as sampled.
 extern "C" __global__ void __launch_bounds__(256)
-count_tokens(u16* counts, const int* __restrict__ tokens, int row, int num_tokens,
+count_tokens(u16* counts, const int* tokens, int row, int num_tokens,
              int prompt_length) {
   for (int i = blockIdx.x * 256 + threadIdx.x; i < num_tokens; i += gridDim.x * 256) {
     if (tokens[i] < 0 || tokens[i] >= VOCAB) continue;

@@ -22,9 +22,8 @@ static_assert(HEAD_DIM % (2 * kVec) == 0, "HEAD_DIM must be a multiple of two ve
 static_assert(kLanes <= 32, "a head must fit in a warp");
 static_assert(sizeof(CACHE) <= sizeof(SCALAR), "the cache must not be wider than the model");
 
-// Loads that stay on the side of wait_for_previous() on which they stand: what is const
-// __restrict__ may be read before. Integers, which every step writes anew, are read past L1, as it
-// may hold an earlier step's.
+// Loads that stay on the side of wait_for_previous() on which they stand. Integers, which every step
+// writes anew, are read past L1, as it may hold an earlier step's.
 __device__ __forceinline__ int load_here(const int* from) {
   int x;
   asm volatile("ld.global.cg.b32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
@@ -45,7 +44,7 @@ __device__ __forceinline__ uint4 load_here(const void* from) {
 // kernel could start, so that only qkv is waited for.
 extern "C" __global__ void __launch_bounds__(THREADS)
 rope_cache(SCALAR* __restrict__ q_out, const SCALAR* __restrict__ qkv, CACHE* keys, CACHE* values,
-           const int* __restrict__ positions, const int* __restrict__ slots,
+           const int* positions, const int* slots,
            const float* __restrict__ cos_sin, const SCALAR* __restrict__ q_norm,
            const SCALAR* __restrict__ k_norm, const float* k_scale, const float* v_scale,
            i64 block_stride, float eps, int early) {

@@ -178,8 +178,8 @@ __device__ __forceinline__ Partial draw_chunk(const SCALAR* row, int begin, int 
 // logit of each where the row is filtered, else log-sum-exp of logit / T.
 extern "C" __global__ void __launch_bounds__(kScanThreads)
 scan_logits(Partial* partials, float* chunks, const SCALAR* __restrict__ logits,
-            const int* __restrict__ table, const int* __restrict__ sample_rows,
-            const int* __restrict__ sample_tokens, const int* __restrict__ positions) {
+            const int* table, const int* sample_rows,
+            const int* sample_tokens, const int* positions) {
   __shared__ u64 packed[kScanThreads / 32];
   __shared__ float sums[kScanThreads / 32];
   let_next_start();
@@ -366,11 +366,11 @@ __device__ __forceinline__ int draw_token(const SCALAR* row, int chunk, const Pa
 // count the tokens that a row has sampled; host [2, host_capacity], in pinned memory, or null: even
 // steps' tokens and odd steps'.
 extern "C" __global__ void __launch_bounds__(kChooseThreads)
-choose_tokens(int* tokens, int* last_token, u16* counts, const Partial* __restrict__ partials,
-              const float* chunks, const SCALAR* logits, const int* __restrict__ table,
-              const int* __restrict__ sample_rows, const int* __restrict__ sample_tokens,
-              const int* __restrict__ positions, int splits, int* host,
-              const int* __restrict__ step, int host_capacity) {
+choose_tokens(int* tokens, int* last_token, u16* counts, const Partial* partials,
+              const float* chunks, const SCALAR* logits, const int* table,
+              const int* sample_rows, const int* sample_tokens,
+              const int* positions, int splits, int* host,
+              const int* step, int host_capacity) {
   extern __shared__ __align__(16) char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   let_next_start();

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,15 @@ PROGRAMS = [
     *sampler.programs(BF16, 151936, MACROS),
     *sampler.programs(FP32, 50257, MACROS),
 ]
+
+
+def test_no_kernel_may_read_what_a_step_writes_anew_before_it_waits() -> None:
+    """The compiler moves loads of const __restrict__ across griddepcontrol.wait, on sm_100
+    those of a step's arena."""
+    sources = sorted((Path(compiler.__file__).parent / "kernels").glob("*.cu"))
+    assert sources
+    for source in sources:
+        assert not re.search(r"const (int|Partial)\* __restrict__", source.read_text()), source.name
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

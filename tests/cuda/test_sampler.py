@@ -327,9 +327,9 @@ def test_logprobs_ranks_and_the_most_likely(
     chosen = torch.randint(vocab, (rows,)).int()
     chosen[0] = logits[0].argmax()
     sampler = Sampler(kernels, arena.MACROS, dtype, vocab, rows)
-    values, ranks, top_ids, top_values = (
-        t.cpu() for t in sampler.logprobs(logits.cuda(), chosen.cuda(), top)
-    )
+    out = sampler.allocate_logprobs(rows, top)
+    sampler.logprobs(logits.cuda(), chosen.cuda(), out)
+    values, ranks, top_ids, top_values = (t.cpu() for t in out)
     expected = logits.double().log_softmax(-1)
     at = expected.gather(1, chosen.long()[:, None])
     torch.testing.assert_close(values.double(), at[:, 0], rtol=0, atol=2e-5)
@@ -343,9 +343,10 @@ def test_logprobs_ranks_and_the_most_likely(
 def test_a_failed_row_has_no_logprob_small(kernels: KernelLibrary) -> None:
     sampler = Sampler(kernels, arena.MACROS, torch.float32, 1000, 1)
     chosen = torch.tensor([-1], dtype=torch.int32, device="cuda")
-    values, ranks, *_ = sampler.logprobs(torch.randn(1, 1000, device="cuda"), chosen, 1)
-    assert values.isnan().all()
-    assert ranks.item() == 0
+    out = sampler.allocate_logprobs(1, 1)
+    sampler.logprobs(torch.randn(1, 1000, device="cuda"), chosen, out)
+    assert out.values.isnan().all()
+    assert out.ranks.item() == 0
 
 
 def test_even_and_odd_steps_have_a_place_each_on_the_host_small(kernels: KernelLibrary) -> None:
