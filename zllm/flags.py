@@ -101,12 +101,22 @@ class Flag:
         if value is None and self.optional:
             return None
         try:
+            if not self._suits(value):
+                raise ValueError
             converted = _READERS.get(self.kind, self.kind)(value)
         except (TypeError, ValueError):
             raise ConfigError(f"{source} is {value!r}: it must be {self._wanted}") from None
         if self.choices and converted not in self.choices:
             raise ConfigError(f"{source} is {value!r}: it must be one of {', '.join(self.choices)}")
         return converted
+
+    def _suits(self, value: Any) -> bool:
+        """Not so: what YAML makes of a slip, and a constructor would make something of."""
+        if self.kind is str:
+            return isinstance(value, (str, int, float)) and not isinstance(value, bool)
+        if self.kind is int and isinstance(value, float):
+            return value.is_integer()
+        return not (self.kind in (int, float) and isinstance(value, bool))
 
     @property
     def _wanted(self) -> str:
@@ -172,7 +182,7 @@ def merge(
                 raise ConfigError(f"{file}: {key!r} is no setting{_did_you_mean(name, known)}")
             merged[name] = known[name].read(value, f"{file}: {key}")
     for name, flag in known.items():
-        if flag.variable in environment:
+        if name not in given and flag.variable in environment:
             merged[name] = flag.read(environment[flag.variable], flag.variable)
     merged |= {name: value for name, value in given.items() if name in known}
     return merged

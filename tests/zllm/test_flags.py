@@ -55,6 +55,23 @@ def test_each_source_is_read_and_the_nearer_one_wins(tmp_path: Path) -> None:
     assert by_flag == Sample(max_model_len=30, share=0.2, mode="slow", enable_cache=False)
 
 
+@pytest.mark.parametrize(
+    "line", ["share:", "share: true", "max_model_len: 1.5", "max_model_len: true", "mode: [slow]"]
+)
+def test_a_slip_in_the_file_is_told_and_not_converted(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "z.yaml"
+    file.write_text(line)
+    with pytest.raises(ConfigError, match=line.partition(":")[0]):
+        settle([], {}, file)
+
+
+def test_the_environment_need_not_make_sense_where_a_flag_is_given() -> None:
+    env = {"ZLLM_SHARE": "tcp://10.0.0.1:50051"}  # what Kubernetes injects for a service's name
+    assert settle(["--share", "0.3"], env).share == 0.3
+    with pytest.raises(ConfigError, match="ZLLM_SHARE"):
+        settle([], env)
+
+
 def test_a_tri_state_flag_says_yes_no_or_nothing() -> None:
     assert settle([]).eager is None
     assert settle(["--eager"]).eager is True
