@@ -7,6 +7,7 @@ async with AsyncClient("127.0.0.1:50051") as client:
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -29,6 +30,7 @@ from zllm.clients.results import (
     read_usage,
 )
 from zllm.clients.service_config import MAX_ATTEMPTS, channel_options
+from zllm.errors import ZllmError
 from zllm.v1 import generation_pb2_grpc, models_pb2, models_pb2_grpc
 
 
@@ -59,6 +61,12 @@ class AsyncStream:
                     self.timing = read_timing(message.finished.timing)
         except grpc.RpcError as failure:
             raise to_error(failure) from None
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            # The call was, by cancel(), and not the task that waits for it.
+            raise ZllmError("CANCELLED: cancel() ended the request") from None
         finally:
             self.cancel()
 

@@ -1,7 +1,8 @@
 """`zllm bench`: loads a server over gRPC and reports latencies as its clients see them.
 
-Open loop (`--rate`): requests arrive as a Poisson process, whatever the server does. Closed loop
-(`--concurrency` alone): each of N clients asks again as soon as it has its answer.
+Open loop (`--rate`): requests arrive as a Poisson process, whatever the server does, as long as
+no more than `--concurrency` are open. Closed loop (`--concurrency` alone): each of N clients asks
+again as soon as it has its answer.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 from zllm.clients.aio import AsyncClient
 from zllm.clients.credentials import Tls
 from zllm.clients.results import ModelInfo
-from zllm.errors import ZllmError
+from zllm.errors import ConfigError, ZllmError
 
 PERCENTILES = (50, 90, 99)
 
@@ -56,6 +57,13 @@ class Workload:
     seed: int = 0
     api_key: str = field(default="", repr=False)
     tls: Tls | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_requests", "concurrency", "output_len"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.rate is not None and not self.rate > 0:
+            raise ConfigError(f"rate is {self.rate}: it must be above 0, or left out")
 
 
 def run(workload: Workload) -> dict[str, float | int | str]:

@@ -13,9 +13,9 @@ import pytest
 from tests.service.harness import Harness, running
 from tests.service.stub_engine import StubEngine
 from zllm.cli import main
-from zllm.clients.bench import Sample, summarize
+from zllm.clients.bench import Sample, Workload, summarize
 from zllm.clients.client import Client
-from zllm.errors import InvalidRequest, Unavailable
+from zllm.errors import ConfigError, InvalidRequest, Unavailable, ZllmError
 from zllm.runtime.embedded import EMBEDDED_MODEL
 from zllm.runtime.tokenizer import load_tokenizer
 
@@ -156,3 +156,32 @@ def test_wrong_usage_is_two_and_a_missing_server_is_one(
     assert caught.value.code == 2
     assert main(["generate", "hi", "--target", "127.0.0.1:1"]) == 1
     assert "127.0.0.1:1" in capsys.readouterr().err
+
+
+async def test_a_stream_that_is_cancelled_elsewhere_fails_and_its_reader_is_not_cancelled() -> None:
+    async with running(StubEngine(step_s=0.02)) as server:
+        stream = server.client.stream("abc", max_tokens=200, ignore_eos=True)
+
+        async def read() -> None:
+            async for _ in stream:
+                pass
+
+        reading = asyncio.create_task(read())
+        await server.until(lambda load: load.running_requests == 1, "it never ran")
+        stream.cancel()
+        with pytest.raises(ZllmError, match="CANCELLED"):
+            await reading
+        await server.until_idle()
+
+        reading = asyncio.create_task(read())
+        reading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("concurrency", 0), ("rate", -5.0), ("rate", 0.0), ("num_requests", 0)]
+)
+def test_a_workload_that_cannot_be_is_named(field: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=field):
+        Workload(target="127.0.0.1:1", **{field: value})  # type: ignore[arg-type]
