@@ -8,6 +8,7 @@ from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
 
+from zllm.errors import InvalidRequest
 from zllm.v1 import generation_pb2
 
 Message = Mapping[str, str]
@@ -27,9 +28,12 @@ def build_request(prompt: Prompt, **options: Any) -> generation_pb2.GenerateRequ
     logprobs … Times are in seconds. Besides: `stop` (one string or several), `text` (False: no
     text back), `cache_salt`, `bypass_cache`, `tools`, `template_kwargs`.
     Raises TypeError for a name or a type that the contract does not know, and for a chat's options
-    beside another prompt."""
+    beside another prompt; InvalidRequest for a value that its field cannot hold."""
     request = generation_pb2.GenerateRequest()
-    _set_prompt(request, prompt)
+    try:
+        _set_prompt(request, prompt)
+    except ValueError as error:  # half a surrogate pair, a negative id
+        raise InvalidRequest("prompt", f"cannot be sent: {error}") from None
     stop = options.pop("stop", None)
     if stop is not None:
         request.stopping.stop_strings.extend([stop] if isinstance(stop, str) else stop)
@@ -37,7 +41,10 @@ def build_request(prompt: Prompt, **options: Any) -> generation_pb2.GenerateRequ
         request.output.text = options.pop("text")
     for name, value in options.items():
         if value is not None:
-            _set_option(request, name, value)
+            try:
+                _set_option(request, name, value)
+            except (ValueError, OverflowError) as error:
+                raise InvalidRequest(name, f"is {value!r}: {error}") from None
     return request
 
 

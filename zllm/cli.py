@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -21,6 +22,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0; 1 for a failure that says why; 2 for wrong usage."""
     # gRPC's fork handlers only warn: what we start as a child execs at once.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # an answer may hold what the terminal does not
     arguments = _parser().parse_args(argv)
     try:
         return int(arguments.run(arguments))

@@ -100,6 +100,18 @@ def test_a_chats_options_need_a_chat(prompt: Any, options: dict[str, Any]) -> No
         build_request(prompt, **options)
 
 
+@pytest.mark.parametrize("options", [{"top_k": -(2**40)}, {"seed": -1}, {"max_tokens": -1}])
+def test_a_value_that_its_field_cannot_hold_names_the_field(options: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        build_request("hi", **options)
+    assert caught.value.field == next(iter(options))
+
+
+def test_text_that_is_no_unicode_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="cannot be sent"):
+        build_request("\udcff")
+
+
 class Failure(grpc.RpcError):
     """What gRPC raises for a status."""
 
