@@ -24,8 +24,8 @@ from zllm.service.reloading import Reloading
 from zllm.service.tenants import Caller, Grant, Usage
 
 _FIELDS = {"key", "sha256", "tenant", "max_concurrent_requests", "tokens_per_minute", "models"}
+_MOST = 2**53
 _TENANT = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_NO_DIGEST = bytes(32)
 
 
 class ApiKeys:
@@ -45,13 +45,13 @@ class ApiKeys:
         if scheme.lower() != "bearer" or not key:
             raise Unauthenticated("send an API key as metadata `authorization: Bearer KEY`")
         digest = hashlib.sha256(key.strip().encode()).digest()
-        found = _NO_DIGEST
+        found: bytes | None = None
         grants = self._grants.get()
         # Every key is compared, in constant time: how long it takes says nothing of any.
         for known in grants:
             if hmac.compare_digest(known, digest):
                 found = known
-        if found not in grants:
+        if found is None:
             raise Unauthenticated("this API key is not known here")
         return Caller(grants[found], self._usage.setdefault(found, Usage()))
 
@@ -63,8 +63,8 @@ def load_keys(file: str) -> dict[bytes, Grant]:
         content = yaml.safe_load(Path(file).read_text())
     except OSError as error:
         raise ConfigError(f"{where}: {error.strerror}; name a YAML or JSON file") from None
-    except (yaml.YAMLError, UnicodeDecodeError):
-        # The parser's own words quote the file.
+    except (yaml.YAMLError, ValueError, RecursionError):
+        # Such as a month 13, or what is no UTF-8. The parser's own words quote the file.
         raise ConfigError(f"{where}: it is neither YAML nor JSON") from None
     entries = content.get("keys") if isinstance(content, dict) else None
     if not isinstance(entries, list) or not entries:
@@ -118,6 +118,8 @@ def _grant(entry: Mapping[str, Any], at: str) -> Grant:
 
 def _limit(entry: Mapping[str, Any], name: str, at: str) -> int | None:
     value = entry.get(name)
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-        raise ConfigError(f"{at}.{name}: {value!r} is no whole number above 0")
+    if value is None:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= _MOST:
+        raise ConfigError(f"{at}.{name}: {value!r} is no whole number in [1, 2^53]")
     return value

@@ -160,6 +160,20 @@ async def test_a_spent_minute_is_refused_with_the_time_to_wait(tmp_path: Path) -
         await other.generate("abc", max_tokens=3)
 
 
+async def test_an_entry_of_zeros_lets_nobody_in(tmp_path: Path) -> None:
+    config = write(tmp_path, {"sha256": "0" * 64, "tenant": "disabled"})
+    async with running(config=config) as server, caller(server, "any-key-at-all-16") as client:
+        with pytest.raises(Unauthenticated):
+            await client.generate("abc")
+
+
+@pytest.mark.parametrize("text", ["keys: 2026-13-45", "[" * 5000, "keys: !!int x"])
+def test_whatever_the_parser_raises_is_a_bad_file(tmp_path: Path, text: str) -> None:
+    (tmp_path / "keys.yaml").write_text(text)
+    with pytest.raises(ConfigError, match="neither YAML nor JSON"):
+        load_keys(str(tmp_path / "keys.yaml"))
+
+
 async def test_tokens_that_nobody_took_are_charged(tmp_path: Path) -> None:
     config = write(tmp_path, acme(tokens_per_minute=60))
     async with (
