@@ -118,7 +118,8 @@ class GenerationService:
             raise RequestExists("request_id", f"{request_id[:200]!r} is that of a live request")
         self._live[tenant, request_id] = None
         self._idle.clear()
-        current_call().request_id = request_id
+        # One that is too long is refused later on, and is not to fill the log before that.
+        current_call().request_id = request_id[:MAX_REQUEST_ID_CHARS]
         return request_id
 
     def _free_id(self, tenant: str) -> str:
@@ -142,6 +143,7 @@ class GenerationService:
     ) -> Run:
         caller = current_caller()
         model = caller.find(self._models, request.model)
+        current_call().model = model.name
         options = check_options(request, model, self._queue_timeout)
         prompt = await prompt_ids(request, model)
         if self.drained:

@@ -92,11 +92,11 @@ class _Writer(logging.Handler):
                 self._lost += 1
 
     def _write(self, record: logging.LogRecord) -> bool:
-        line = f"{self.format(record)}\n".encode(errors="backslashreplace")
         try:
+            line = f"{self.format(record)}\n".encode(errors="backslashreplace")
             while line:
                 line = line[os.write(self._descriptor, line) :]
-        except OSError:
+        except Exception:  # no record, be it one that does not format, may end the thread
             return False
         return True
 

@@ -27,7 +27,7 @@ class StatsLog:
     def _tell(self, name: str, load: Load, seconds: float) -> None:
         last = self._last.get(name, Load())
         self._last[name] = load
-        if load.steps < last.steps:
+        if load.steps < last.steps or load.generated_tokens < last.generated_tokens:
             last = Load()  # another engine: it counts from its start
         if load.steps == last.steps and not (load.running_requests or load.queued_requests):
             return

@@ -118,6 +118,16 @@ def test_a_closed_descriptor_loses_lines_and_nothing_else(tmp_path: Path) -> Non
             log.info("line %d", number)
 
 
+def test_a_record_that_does_not_format_is_lost_and_no_other(tmp_path: Path) -> None:
+    file = tmp_path / "log"
+    with file.open("wb") as stream, Logs(ServerConfig(), stream.fileno()):
+        log.warning("%d", "no number")
+        log.warning("the next one")
+    text = file.read_text()
+    assert "the next one" in text
+    assert "1 log lines were lost" in text
+
+
 def test_a_reader_that_stalls_holds_nobody_up_and_is_told_what_it_missed() -> None:
     """The writer's thread alone waits for it, with a bounded number of lines."""
     reading, writing = os.pipe()

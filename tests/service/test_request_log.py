@@ -58,6 +58,13 @@ def speaking() -> StubEngine:
     return StubEngine(script=SCRIPT)
 
 
+async def test_an_id_that_is_refused_for_its_length_does_not_fill_the_log(lines: Lines) -> None:
+    async with running(speaking(), observers=[RequestLog()]) as server:
+        with pytest.raises(InvalidRequest, match="request_id"):
+            await server.client.generate("abc", request_id="x" * 100_000)
+        assert len((await lines.next())["request_id"]) == 256
+
+
 async def test_a_request_is_one_line_with_ids_counts_and_times(lines: Lines) -> None:
     async with running(speaking(), observers=[RequestLog()]) as server:
         answer = await server.client.generate(SECRET, request_id="mine")
