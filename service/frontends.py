@@ -195,7 +195,7 @@ class Frontends:
             if self._draining:
                 return
             failures = 1 if loop.time() - began > STEADY_S else failures + 1
-            pause = min(self._config.restart_backoff * 2 ** (failures - 1), MAX_BACKOFF_S)
+            pause = min(self._config.restart_backoff * 2 ** min(failures - 1, 30), MAX_BACKOFF_S)
             log.error("a frontend is lost: %s; the next one starts in %.1f s", how, pause)
             await asyncio.sleep(pause)
             began = loop.time()

@@ -19,11 +19,15 @@ def find_folder(path: str, root: str) -> Path:
         folder = Path(path)
         if not folder.is_absolute():
             raise InvalidRequest("path", f"{path[:200]!r} must be absolute")
-    else:
-        top = Path(root).resolve()
-        folder = (top / path).resolve()
-        if not folder.is_relative_to(top):
-            raise InvalidRequest("path", f"{path[:200]!r} is not within --model-root")
-    if not folder.is_dir():
+    try:
+        if root:
+            top = Path(root).resolve()
+            folder = (top / path).resolve()
+            if not folder.is_relative_to(top):
+                raise InvalidRequest("path", f"{path[:200]!r} is not within --model-root")
+        is_folder = folder.is_dir()
+    except (OSError, RuntimeError):  # a name that is too long, a circle of links
+        is_folder = False
+    if not is_folder:
         raise InvalidRequest("path", f"{path[:200]!r} is no folder here")
     return folder

@@ -70,7 +70,7 @@ class KeptEngine:
             failures = 1 if loop.time() - began > STEADY_S else failures + 1
             if failures > self._server.max_restarts:
                 return why
-            pause = min(self._server.restart_backoff * 2 ** (failures - 1), MAX_BACKOFF_S)
+            pause = min(self._server.restart_backoff * 2 ** min(failures - 1, 30), MAX_BACKOFF_S)
             log.error("%s; restart %d in %.1f s", why, failures, pause)
             await asyncio.sleep(pause)
             try:
