@@ -65,22 +65,23 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         for name, kind in _CHOICES.items():
-            if getattr(self, name) not in get_args(kind):
+            value = getattr(self, name)
+            if value not in get_args(kind):
                 choices = ", ".join(map(repr, get_args(kind)))
-                raise ConfigError(f"{name} is {getattr(self, name)!r}: it must be one of {choices}")
+                raise ConfigError(f"{name} is {value!r}: it must be one of {choices}")
         for name in ("interactive", "enable_prefix_caching", "enforce_eager"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} is {getattr(self, name)!r}: it must be True or False")
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise ConfigError(f"{name} is {value!r}: it must be True or False")
         for name in ("max_num_seqs", "max_queued_requests", "max_queued_tokens"):
-            if not _is_count(getattr(self, name)):
-                raise ConfigError(
-                    f"{name} is {getattr(self, name)!r}: it must be an integer of at least 1"
-                )
+            value = getattr(self, name)
+            if not _is_count(value):
+                raise ConfigError(f"{name} is {value!r}: it must be an integer of at least 1")
         for name in ("max_model_len", "max_num_batched_tokens", "num_kv_blocks"):
-            if getattr(self, name) is not None and not _is_count(getattr(self, name)):
+            value = getattr(self, name)
+            if value is not None and not _is_count(value):
                 raise ConfigError(
-                    f"{name} is {getattr(self, name)!r}: it must be an integer of at least 1, or "
-                    "left out"
+                    f"{name} is {value!r}: it must be an integer of at least 1, or left out"
                 )
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ConfigError(

@@ -57,7 +57,7 @@ def load_weights(
             f"{', '.join(missing[:3])}: the checkpoint is incomplete, or config.json is another "
             "model's"
         )
-    for path in files:
+    for path in files if copies else ():
         _check_copies(path, copies)
     return weights
 

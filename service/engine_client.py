@@ -183,12 +183,10 @@ class EngineClient:
 
     async def close(self) -> None:
         """Stops listening, for good. What came while the engine was leaving fails."""
+        self.bury("the engine was shut down")
         if self._watcher is not None:
-            self._watcher.cancel()
             with suppress(asyncio.CancelledError):
                 await self._watcher
-        self._socket.close()
-        self.lose("the engine was shut down")
 
     def _send(self, message: ToEngine) -> None:
         self._socket.send(_encode(message))

@@ -41,7 +41,7 @@ from zllm.service.engine_metrics import EngineMetrics
 from zllm.service.frontend_handle import FrontendHandle
 from zllm.service.gpu_metrics import GpuMetrics
 from zllm.service.listener import hold_port
-from zllm.service.restarts import MAX_BACKOFF_S, STEADY_S
+from zllm.service.restarts import STEADY_S, pause_after
 from zllm.service.served_model import RunningModel
 
 log = logging.getLogger(__name__)
@@ -195,7 +195,7 @@ class Frontends:
             if self._draining:
                 return
             failures = 1 if loop.time() - began > STEADY_S else failures + 1
-            pause = min(self._config.restart_backoff * 2 ** min(failures - 1, 30), MAX_BACKOFF_S)
+            pause = pause_after(failures, self._config.restart_backoff)
             log.error("a frontend is lost: %s; the next one starts in %.1f s", how, pause)
             await asyncio.sleep(pause)
             began = loop.time()

@@ -22,6 +22,12 @@ STEADY_S = 60.0
 Add = Callable[[EngineReady, EngineClient], Awaitable[None]]
 
 
+def pause_after(failures: int, backoff: float) -> float:
+    """Seconds to wait after so many failures in a row: `backoff`, doubled with each."""
+    # As a float, a power of so many as there may be would overflow.
+    return min(backoff * 2.0 ** min(failures - 1, 30), MAX_BACKOFF_S)
+
+
 class KeptEngine:
     """`add` hears of each engine that is ready, the first one and every one in its place. Those
     that share the lock `loading` load one after another."""
@@ -70,7 +76,7 @@ class KeptEngine:
             failures = 1 if loop.time() - began > STEADY_S else failures + 1
             if failures > self._server.max_restarts:
                 return why
-            pause = min(self._server.restart_backoff * 2 ** min(failures - 1, 30), MAX_BACKOFF_S)
+            pause = pause_after(failures, self._server.restart_backoff)
             log.error("%s; restart %d in %.1f s", why, failures, pause)
             await asyncio.sleep(pause)
             try:
