@@ -135,20 +135,38 @@ class AsyncClient:
         return [read_model(model) for model in answer.models]
 
     async def tokenize(
-        self, text: str, *, model: str = "", add_special_tokens: bool = False
+        self,
+        text: str,
+        *,
+        model: str = "",
+        add_special_tokens: bool = False,
+        timeout: float | None = None,
     ) -> list[int]:
         request = models_pb2.TokenizeRequest(
             model=model, text=text, add_special_tokens=add_special_tokens
         )
-        return list((await self._call(self._models.Tokenize, request, None)).ids)
+        return list((await self._call(self._models.Tokenize, request, timeout)).ids)
 
     async def detokenize(
-        self, ids: list[int], *, model: str = "", skip_special_tokens: bool = False
+        self,
+        ids: list[int],
+        *,
+        model: str = "",
+        skip_special_tokens: bool = False,
+        timeout: float | None = None,
     ) -> str:
         request = models_pb2.DetokenizeRequest(
             model=model, ids=ids, skip_special_tokens=skip_special_tokens
         )
-        return str((await self._call(self._models.Detokenize, request, None)).text)
+        return str((await self._call(self._models.Detokenize, request, timeout)).text)
+
+    async def wait_ready(self, timeout: float) -> None:
+        """Until a connection stands. Raises TimeoutError."""
+        try:
+            async with asyncio.timeout(timeout):
+                await self._channel.channel_ready()
+        except TimeoutError:
+            raise TimeoutError(f"no server answered within {timeout:g} s") from None
 
     async def close(self) -> None:
         await self._channel.close()

@@ -126,20 +126,30 @@ class Client:
         return [read_model(model) for model in answer.models]
 
     def tokenize(
-        self, text: str, *, model: str = "", add_special_tokens: bool = False
+        self,
+        text: str,
+        *,
+        model: str = "",
+        add_special_tokens: bool = False,
+        timeout: float | None = None,
     ) -> list[int]:
         request = models_pb2.TokenizeRequest(
             model=model, text=text, add_special_tokens=add_special_tokens
         )
-        return list(self._call(self._models.Tokenize, request, None).ids)
+        return list(self._call(self._models.Tokenize, request, timeout).ids)
 
     def detokenize(
-        self, ids: list[int], *, model: str = "", skip_special_tokens: bool = False
+        self,
+        ids: list[int],
+        *,
+        model: str = "",
+        skip_special_tokens: bool = False,
+        timeout: float | None = None,
     ) -> str:
         request = models_pb2.DetokenizeRequest(
             model=model, ids=ids, skip_special_tokens=skip_special_tokens
         )
-        return str(self._call(self._models.Detokenize, request, None).text)
+        return str(self._call(self._models.Detokenize, request, timeout).text)
 
     def wait_ready(self, timeout: float) -> None:
         """Until a connection stands. Raises TimeoutError."""

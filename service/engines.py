@@ -38,8 +38,11 @@ class _Model:
     leaving: bool = False
 
     @property
-    def lost(self) -> bool:
-        return self.keeping is not None and self.keeping.done()
+    def last_words(self) -> str | None:
+        """How it went, once it has been given up."""
+        keeping = self.keeping
+        given_up = keeping is not None and keeping.done() and not keeping.cancelled()
+        return keeping.result() if keeping is not None and given_up else None
 
     @property
     def state(self) -> str:
@@ -85,6 +88,7 @@ class Engines:
     async def load(self, config: EngineConfig) -> None:
         """Returns when the model is served. Raises ConfigError with the engine's own words, and
         RequestExists where the name is taken; then, as when cancelled, nothing of it is left."""
+        self._check_free(config.served_model_name)
         (*_, config) = share_out([*self.configs, config])
         await self._load(self._enter(config))
 
@@ -101,7 +105,7 @@ class Engines:
         await self._end(model, grace)
 
     async def until_all_lost(self) -> str:
-        """Until every engine has been given up; returns how the last one went."""
+        """Until all models that are left have been given up; returns how one of them went."""
         return await asyncio.shield(self._last_words)
 
     def keep_no_longer(self) -> None:
@@ -116,8 +120,7 @@ class Engines:
 
     def _enter(self, config: EngineConfig) -> _Model:
         name = config.served_model_name
-        if name in self._models:
-            raise RequestExists("name", f"{name!r} is {self._models[name].state} here")
+        self._check_free(name)
         engine = KeptEngine(
             self._server,
             config,
@@ -127,6 +130,10 @@ class Engines:
         )
         model = self._models[name] = _Model(config, engine)
         return model
+
+    def _check_free(self, name: str) -> None:
+        if name in self._models:
+            raise RequestExists("name", f"{name!r} is {self._models[name].state} here")
 
     async def _load(self, model: _Model) -> None:
         config, engine = model.config, model.engine
@@ -149,14 +156,18 @@ class Engines:
             await asyncio.wait({model.keeping})
         await model.engine.stop()
         self._models.pop(name, None)
+        self._end_if_all_lost()
 
     def _note_end(self, keeping: asyncio.Task[str]) -> None:
         if keeping.cancelled():
             return
-        stay = [model for model in self._models.values() if not model.leaving]
-        for model in stay:
-            if model.keeping is keeping:
+        for model in self._models.values():
+            if model.keeping is keeping and not model.leaving:
                 name = model.config.served_model_name
                 log.error("model %s is given up: %s", name, keeping.result())
-        if all(model.lost for model in stay):
-            self._last_words.set_result(keeping.result())
+        self._end_if_all_lost()
+
+    def _end_if_all_lost(self) -> None:
+        words = [model.last_words for model in self._models.values() if not model.leaving]
+        if words and words[-1] is not None and None not in words and not self._last_words.done():
+            self._last_words.set_result(words[-1])

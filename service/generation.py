@@ -18,7 +18,7 @@ from zllm.service.calls import current_call
 from zllm.service.prompts import prompt_ids
 from zllm.service.rpc import Context, writes_bytes
 from zllm.service.served_model import Models
-from zllm.service.streams import WHOLE, Stream
+from zllm.service.streams import Stream
 from zllm.service.tenants import current_caller
 from zllm.service.validation import MAX_REQUEST_ID_CHARS, check_options, fit_prompt
 from zllm.v1 import generation_pb2
@@ -75,8 +75,10 @@ class GenerationService:
         with current_caller().request() as caller:
             request_id = self._claim(request)
             try:
-                run = await self._submit(request, request_id, context, min_tokens=WHOLE)
+                run = await self._submit(request, request_id, context)
                 try:
+                    await run.stream.begun()
+                    await _commit(context)
                     delta = await run.stream.take_whole()
                 finally:
                     run.model.engine.release(run.engine_id)
@@ -106,8 +108,8 @@ class GenerationService:
     def _note(self, request: generation_pb2.GenerateRequest) -> None:
         call = current_call()
         call.request = request
-        if not request.model or request.model in self._models.by_name:
-            call.model = request.model or next(iter(self._models.by_name), "")
+        if not request.model or self._models.knows(request.model):
+            call.model = request.model or self._models.default
 
     def _claim(self, request: generation_pb2.GenerateRequest) -> str:
         if self.draining:
@@ -139,7 +141,6 @@ class GenerationService:
         request: generation_pb2.GenerateRequest,
         request_id: str,
         context: Context,
-        min_tokens: int | None = None,
     ) -> Run:
         caller = current_caller()
         model = caller.find(self._models, request.model)
@@ -162,7 +163,7 @@ class GenerationService:
                 include_stop_string=request.stopping.include_stop_string,
             ),
             keep_stop=request.stopping.include_stop_string,
-            min_tokens=min_tokens or options.min_tokens_per_delta,
+            min_tokens=options.min_tokens_per_delta,
             prompt_tokens=len(prompt),
             on_start=current_call().first_token,
         )
@@ -197,14 +198,19 @@ class GenerationService:
         return run
 
 
+async def _commit(context: Context) -> None:
+    """Sends the response's headers: what has begun is not tried again by gRPC in the client, which
+    would run a request that ends an engine on the next one too. What never began may be."""
+    await context.send_initial_metadata(())
+
+
 async def _write_stream(run: Run, context: Context) -> None:
-    # The response's headers go out with the first message, so that a request which never
-    # starts can still be retried by its client.
-    delta = await run.stream.take()
+    await run.stream.begun()
+    # With the headers, as in _commit.
     await context.write(started(run).SerializeToString())
     writer = DeltaWriter(run.stream, delta_encoder(run), context.write, asyncio.get_running_loop())
     try:
-        await writer.start(delta)
+        await writer.start(await run.stream.take())
     finally:
         writer.close()
     await context.write(finished(run).SerializeToString())

@@ -65,6 +65,8 @@ class _Writer(logging.Handler):
         self._descriptor = descriptor
         self._waiting: queue.Queue[logging.LogRecord | None] = queue.Queue(MAX_WAITING)
         self._lost = 0
+        self._cut = False
+        """The last line broke off: the next one is not to continue it."""
         self._thread = threading.Thread(target=self._write_all, daemon=True, name="log")
 
     def start(self) -> None:
@@ -94,8 +96,10 @@ class _Writer(logging.Handler):
     def _write(self, record: logging.LogRecord) -> bool:
         try:
             line = f"{self.format(record)}\n".encode(errors="backslashreplace")
+            line = b"\n" + line if self._cut else line
             while line:
                 line = line[os.write(self._descriptor, line) :]
+                self._cut = bool(line)
         except Exception:  # no record, be it one that does not format, may end the thread
             return False
         return True

@@ -89,8 +89,8 @@ class Metrics:
         self.registry.register(GpuMetrics(lambda: list(models.by_name.values())))
         ProcessCollector(registry=self.registry)
 
-    def model_ready(self, name: str) -> None:
-        """A model is served from now on, or its engine has been replaced."""
+    def model_comes(self, name: str) -> None:
+        """A model loads, or is served already."""
         if name in self._known:
             return
         self._known.add(name)
@@ -102,7 +102,7 @@ class Metrics:
             if not values:
                 metric.labels(name)
 
-    def model_gone(self, name: str) -> None:
+    def model_goes(self, name: str) -> None:
         """Its series end."""
         self._known.discard(name)
         for metric, _ in self._of_models:

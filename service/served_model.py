@@ -59,6 +59,15 @@ class Models:
         self.loading.discard(name)
         return self.by_name.pop(name, None)
 
+    @property
+    def default(self) -> str:
+        """What an empty name means; empty where no model is served yet."""
+        return next(iter(self.by_name), "")
+
+    def knows(self, name: str) -> bool:
+        """Whether a model of that name is served or loading."""
+        return name in self.by_name or name in self.loading
+
     def only(self, names: frozenset[str]) -> Models:
         """Those of these names."""
         served = {name: model for name, model in self.by_name.items() if name in names}
@@ -67,9 +76,7 @@ class Models:
     def find(self, name: str, field: str = "model") -> ServedModel:
         """The model of that name, or the first where `name` is empty. Raises UnknownModel, and
         Unavailable while it is loading."""
-        if not name and self.by_name:
-            return next(iter(self.by_name.values()))
-        model = self.by_name.get(name)
+        model = self.by_name.get(name or self.default)
         if model is not None:
             return model
         if name in self.loading or (not name and self.loading):

@@ -51,7 +51,10 @@ class Server:
         self._texts: dict[str, tuple[Tokenizer, ChatTemplate | None]] = {}
         self._health = Health()
         self.metrics = Metrics(self._models)
+        for name in awaits:
+            self.metrics.model_comes(name)
         self._draining = False
+        self._refuses_at = 0.0
         self._leaving: set[EngineClient] = set()
         self._generation = GenerationService(
             self._models, config.queue_timeout, config.max_prompt_tokens, slo=config.slo
@@ -101,6 +104,7 @@ class Server:
         """Requests to this model are UNAVAILABLE until add(). Raises ConfigError where its folder
         has no tokenizer or a template that cannot be read."""
         self._models.loading.add(name)
+        self.metrics.model_comes(name)
         self._texts[name] = await asyncio.to_thread(
             lambda: (load_tokenizer(folder), load_chat_template(folder))
         )
@@ -120,7 +124,6 @@ class Server:
                 restarts=last.restarts + 1 if last is not None else 0,
             )
         )
-        self.metrics.model_ready(name)
         self._awaits.discard(name)
         engine.on_health = self._follow
         self._follow()
@@ -133,6 +136,7 @@ class Server:
         model = self._models.remove(name)
         self._follow()
         if model is None:
+            self.metrics.model_goes(name)
             return
         engine = model.engine
         engine.on_health = None
@@ -142,7 +146,7 @@ class Server:
             await asyncio.sleep(LOOK_S)
         engine.end_all(FinishReason.SHUTDOWN)
         self._leaving.discard(engine)
-        self.metrics.model_gone(name)
+        self.metrics.model_goes(name)
 
     async def abort(self, request_ids: Iterable[str] | None) -> list[str]:
         """Ends these requests, or all; returns those that were waiting or running."""
@@ -157,8 +161,10 @@ class Server:
         """NOT_SERVING for good; after `drain_delay` new work is refused; running requests get
         `grace` seconds or until `hurry`, and the rest ends with FINISH_REASON_SHUTDOWN. Returns
         how many those were. No grace: no delay either."""
-        delay = self._config.drain_delay if grace > 0 and not self._draining else 0.0
-        self._draining = True
+        now = asyncio.get_running_loop().time()
+        if not self._draining:
+            self._draining, self._refuses_at = True, now + self._config.drain_delay
+        delay = max(self._refuses_at - now, 0.0) if grace > 0 else 0.0
         await self._health.shut_down()
         hurried = asyncio.create_task((hurry or asyncio.Event()).wait())
         if delay:

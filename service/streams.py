@@ -61,6 +61,7 @@ class Stream(Pending):
         self.first_token_at = self.arrived
         self.ended_at = 0.0
         self.started = False
+        self._beginning: asyncio.Future[None] | None = None
         self.finish: Finish | None = None
         self.cached_tokens = 0
         self.queued_s = 0.0
@@ -80,6 +81,7 @@ class Stream(Pending):
         self.first_token_at = time.monotonic()
         self.started = True
         self._on_start()
+        self._wake_begun()
 
     def push(self, token: int, finish: int, logprobs: TokenLogprobs | None = None) -> bool:
         """One entry of a step: a token, a finish or both. True: a stop string just ended it,
@@ -106,6 +108,15 @@ class Stream(Pending):
             self._error = error
             self._stop()
             self.wake()
+
+    async def begun(self) -> None:
+        """Waits for the first token, or an end without any. Raises what the request failed with
+        before it began."""
+        if not self.started and not self.over:
+            self._beginning = asyncio.get_running_loop().create_future()
+            await self._beginning
+        if self._error is not None and not self.started:
+            raise self._error
 
     async def take(self) -> Delta:
         """Waits for the next delta. Raises what the request failed with, after the deltas that
@@ -177,6 +188,12 @@ class Stream(Pending):
     def _stop(self) -> None:
         self.over = True
         self.plain = None
+        self._wake_begun()
+
+    def _wake_begun(self) -> None:
+        waiter, self._beginning = self._beginning, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
 
     def _end(self, reason: FinishReason) -> None:
         self._stop()

@@ -13,11 +13,13 @@ import pytest
 from tests.service.harness import Harness, running
 from tests.service.stub_engine import StubEngine
 from zllm.cli import main
+from zllm.clients.aio import AsyncClient
 from zllm.clients.bench import Sample, Workload, summarize
 from zllm.clients.client import Client
 from zllm.errors import ConfigError, InvalidRequest, Unavailable, ZllmError
 from zllm.runtime.embedded import EMBEDDED_MODEL
 from zllm.runtime.tokenizer import load_tokenizer
+from zllm.service import models
 
 ANSWER = "Monday, Tuesday"
 Result = TypeVar("Result")
@@ -97,6 +99,35 @@ def test_without_a_server_calls_are_unavailable() -> None:
             client.generate("abc")
         with pytest.raises(TimeoutError):
             client.wait_ready(0.1)
+
+
+async def test_the_asyncio_client_waits_for_a_server_as_long_as_it_is_told() -> None:
+    async with AsyncClient("127.0.0.1:1") as client:
+        with pytest.raises(TimeoutError, match=r"no server answered within 0\.1 s"):
+            await client.wait_ready(0.1)
+    async with running() as server:
+        await server.client.wait_ready(5)
+
+
+async def test_a_tokenizer_that_takes_longer_than_it_may_is_a_timeout_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def take_long(*_: object) -> None:
+        await asyncio.sleep(60)
+
+    def work(client: Client) -> None:
+        with pytest.raises(TimeoutError):
+            client.tokenize("abc", timeout=0.1)
+        with pytest.raises(TimeoutError):
+            client.detokenize([1], timeout=0.1)
+
+    monkeypatch.setattr(models, "_maybe_in_thread", take_long)
+    async with running() as server:
+        await with_client(server, work)
+        with pytest.raises(TimeoutError):
+            await server.client.tokenize("abc", timeout=0.1)
+        with pytest.raises(TimeoutError):
+            await server.client.detokenize([1], timeout=0.1)
 
 
 async def test_the_generate_command_streams_an_answer(capsys: pytest.CaptureFixture[str]) -> None:

@@ -66,14 +66,17 @@ class Served:
     def metrics_url(self) -> str:
         return next(line.split()[-1] for line in self.lines if line.startswith("metrics on "))
 
-    async def scrape(self) -> dict[tuple[str, str], float]:
-        """The values of series that have no label but the model's name, by name and model."""
+    async def scrape(self, *labels: str) -> dict[tuple[str, ...], float]:
+        """The values of series that have these labels and the model's name at most, by name, model
+        and labels."""
         page = await asyncio.to_thread(lambda: urlopen(self.metrics_url, timeout=5).read())
         return {
-            (sample.name, sample.labels.get("model_name", "")): sample.value
+            (sample.name, *(sample.labels.get(label, "") for label in ("model_name", *labels))): (
+                sample.value
+            )
             for family in text_string_to_metric_families(page.decode())
             for sample in family.samples
-            if not sample.labels.keys() - {"model_name"}
+            if not sample.labels.keys() - {"model_name", *labels}
         }
 
     def engines(self) -> list[psutil.Process]:

@@ -134,7 +134,9 @@ async def test_work_is_still_taken_in_the_drain_delay() -> None:
     async with running(config=config) as server:
         drain = asyncio.ensure_future(server.admin.Drain(admin_pb2.DrainRequest()))
         await server.until(lambda load: load.draining, "it never drained")
+        signalled = asyncio.ensure_future(server.server.drain(30.0))  # as by SIGTERM, meanwhile
+        await asyncio.sleep(0.1)
         assert (await server.client.generate("abc", max_tokens=2)).text == "ab"
-        await drain
+        await asyncio.gather(drain, signalled)
         with pytest.raises(Unavailable, match="draining"):
             await server.client.generate("abc")

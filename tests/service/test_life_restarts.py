@@ -47,6 +47,31 @@ async def test_a_killed_engine_is_replaced_behind_the_same_port() -> None:
         await answers(served.target)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_had_begun_in_a_killed_engine_is_not_run_again_by_the_client(
+    stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STUB_STEP_S", "0.02")
+    async with serving() as served, AsyncClient(served.target) as client:
+        await answers(served.target)
+
+        async def ask() -> None:
+            if not stream:
+                await client.generate("abc", ignore_eos=True, max_tokens=200, timeout=20)
+            async for _ in client.stream(
+                "abc", ignore_eos=True, max_tokens=200, min_tokens_per_delta=200, timeout=20
+            ):
+                pass
+
+        asked = asyncio.create_task(ask())
+        async with asyncio.timeout(5):
+            while (await served.scrape())["zllm:num_requests_running", "stub"] == 0:
+                await asyncio.sleep(0.02)
+        served.engine().kill()
+        with pytest.raises(Unavailable, match="signal 9"):
+            await asked
+
+
 async def test_a_stopped_engine_turns_not_serving_within_5_s_and_is_replaced() -> None:
     async with serving() as served, AsyncClient(served.target, attempts=1) as client:
         await answers(served.target)

@@ -174,6 +174,10 @@ async def test_a_caller_that_leaves_ends_the_loading() -> None:
             code, words = await refusal(admin.LoadModel(load_request("stuck")))
             assert code is grpc.StatusCode.ALREADY_EXISTS
             assert "loading" in words
+            with pytest.raises(Unavailable, match="loading"):
+                await client.generate("abc", model="stuck")
+            refused = ("zllm:requests_refused_total", "stuck", "engine_unavailable")
+            assert (await served.scrape("reason"))[refused] == 1
             code, words = await refusal(admin.UnloadModel(unload_request("stuck")))
             assert code is grpc.StatusCode.FAILED_PRECONDITION
             call.cancel()
@@ -245,11 +249,16 @@ async def test_what_cannot_be_loaded_names_its_field(
 
 
 async def test_a_server_whose_memory_is_all_shared_out_loads_no_more() -> None:
-    async with serving(names=["a"], num_kv_blocks=None) as served:
-        async with administering(served) as (admin, _):
-            code, words = await refusal(admin.LoadModel(load_request("b")))
+    async with (
+        serving(names=["a"], num_kv_blocks=None) as served,
+        administering(served) as (admin, _),
+    ):
+        code, words = await refusal(admin.LoadModel(load_request("b")))
         assert code is grpc.StatusCode.FAILED_PRECONDITION
         assert "memory_share" in words
+        code, words = await refusal(admin.LoadModel(load_request("a")))
+        assert code is grpc.StatusCode.ALREADY_EXISTS
+        assert "served" in words
 
 
 def test_a_model_root_keeps_paths_within(tmp_path: Path) -> None:

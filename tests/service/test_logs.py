@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -116,6 +117,31 @@ def test_a_closed_descriptor_loses_lines_and_nothing_else(tmp_path: Path) -> Non
         os.close(descriptor)
         for number in range(100):
             log.info("line %d", number)
+
+
+def test_a_line_that_a_full_disk_cut_is_not_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = 100
+
+    def write_what_fits(descriptor: int, data: bytes) -> int:
+        nonlocal room
+        written = plain_write(descriptor, data[:room]) if room else 0
+        room -= written
+        if not written:
+            room = 1000  # somebody makes room
+            raise OSError(errno.ENOSPC, "no space left on device")
+        return written
+
+    plain_write = os.write
+    monkeypatch.setattr(os, "write", write_what_fits)
+    file = tmp_path / "log"
+    with logging_to(file, log_format="json"):
+        log.info("first")
+        log.info("second")
+    cut, *rest = file.read_text().splitlines()
+    assert len(cut) == 100
+    assert [json.loads(line)["event"] for line in rest] == ["1 log lines were lost", "second"]
 
 
 def test_a_record_that_does_not_format_is_lost_and_no_other(tmp_path: Path) -> None:

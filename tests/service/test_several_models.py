@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.service.stub_server import STUB, answers, engines, serving
+from tests.service.test_load_unload import administering, unload_request
 from tests.service.test_processes import ask, copy_model, edit_json, fail_to_start, is_gone
 from tests.service.test_processes import serving as serving_command
 from zllm.clients.client import Client
@@ -114,6 +115,22 @@ async def test_a_model_is_given_up_alone_and_the_last_one_ends_the_server(tmp_pa
         a.kill()
         async with asyncio.timeout(20):
             assert await served.task == ENGINE_LOST == 3
+
+
+async def test_a_server_ends_when_what_it_unloads_leaves_only_what_was_given_up(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    limits = {"max_restarts": 1, "restart_backoff": 0.05}
+    async with serving(mortal(tmp_path, "b"), ["a", "b"], **limits) as served:
+        engines()[1].kill()
+        async with asyncio.timeout(20):
+            while "model b is given up" not in caplog.text:
+                await asyncio.sleep(0.02)
+        await answers(served.target, "a")
+        async with administering(served) as (admin, _):
+            await admin.UnloadModel(unload_request("a"))
+        async with asyncio.timeout(20):
+            assert await served.task == ENGINE_LOST
 
 
 def test_a_model_that_cannot_load_ends_the_start(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from zllm.native.pending import route
 from zllm.native.utf8_text import Utf8Text
 from zllm.runtime.detokenizer import Detokenizer
 from zllm.runtime.embedded import EMBEDDED_MODEL
-from zllm.runtime.messages import FinishReason, TokenLogprobs
+from zllm.runtime.messages import FinishReason, RequestStarted, TokenLogprobs
 from zllm.runtime.tokenizer import load_tokenizer
 from zllm.service.streams import Finish, Stream
 
@@ -71,6 +71,33 @@ async def test_take_waits_until_something_comes() -> None:
     assert not waiting.done()
     stream.push(IDS[0], 0)
     assert (await waiting).token_ids == IDS[:1]
+
+
+async def test_a_stream_has_begun_with_its_first_token_or_at_its_end() -> None:
+    started = RequestStarted(1, 0, 0.0)
+    for go_on in (lambda s: s.start(started), lambda s: s.push(-1, FinishReason.ABORTED)):
+        stream = make(min_tokens=3)
+        waiting = asyncio.create_task(stream.begun())
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        go_on(stream)
+        await waiting
+        await stream.begun()
+
+
+async def test_a_failure_before_it_began_is_raised_and_one_after_it_is_not_yet() -> None:
+    stream = make()
+    waiting = asyncio.create_task(stream.begun())
+    await asyncio.sleep(0)
+    stream.fail(Unavailable("gone"))
+    with pytest.raises(Unavailable, match="gone"):
+        await waiting
+    stream = make()
+    stream.start(RequestStarted(1, 0, 0.0))
+    stream.fail(Unavailable("gone"))
+    await stream.begun()
+    with pytest.raises(Unavailable, match="gone"):
+        await stream.take()
 
 
 async def test_min_tokens_hold_a_delta_back_but_not_the_last() -> None:
