@@ -28,7 +28,8 @@ def build_request(prompt: Prompt, **options: Any) -> generation_pb2.GenerateRequ
     logprobs … Times are in seconds. Besides: `stop` (one string or several), `text` (False: no
     text back), `cache_salt`, `bypass_cache`, `tools`, `template_kwargs`.
     Raises TypeError for a name or a type that the contract does not know, and for a chat's options
-    beside another prompt; InvalidRequest for a value that its field cannot hold."""
+    beside another prompt; InvalidRequest for a value that its field cannot hold, and for a message
+    without role or content."""
     request = generation_pb2.GenerateRequest()
     try:
         _set_prompt(request, prompt)
@@ -54,6 +55,8 @@ def _set_prompt(request: generation_pb2.GenerateRequest, prompt: Prompt) -> None
         return
     for item in prompt:
         if isinstance(item, Mapping):
+            if not {"role", "content"} <= item.keys():
+                raise InvalidRequest("prompt", f"a message needs role and content, not {[*item]}")
             request.chat.messages.add(role=item["role"], content=item["content"])
         else:
             request.token_ids.ids.append(item)

@@ -71,7 +71,10 @@ class PagedAttention:
         """`max_rows`, `max_tokens`: of a step, padding included. `portable` takes the path of
         sm_80 on any device."""
         if not 1 <= max_rows <= MAX_ROWS:
-            raise KernelError(f"max_rows is {max_rows}: attention plans 1 to {MAX_ROWS} rows")
+            raise KernelError(
+                f"max_rows is {max_rows}: attention plans 1 to {MAX_ROWS} rows; give "
+                "--max-num-seqs in that range"
+            )
         self.spec = spec
         self._library = library
         self._pdl = library.pdl and not portable

@@ -70,7 +70,8 @@ def _driver() -> Iterator[Finding]:
 
         status, version = driver.cuDriverGetVersion()
     except Exception as error:  # the bindings or libcuda are missing, each in a way of its own
-        yield Finding("driver", f"none ({error})", "install NVIDIA's driver and zllm[cuda]")
+        remedy = "install NVIDIA's driver, and zllm with its extra [cuda]"
+        yield Finding("driver", f"none ({error})", remedy)
         return
     if status != driver.CUresult.CUDA_SUCCESS or version == 0:
         yield Finding("driver", "none", "install NVIDIA's driver")

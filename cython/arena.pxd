@@ -1,7 +1,7 @@
 """The step arena: everything the device must be told for one step, in one int32 array.
 
-The scheduler packs it where TorchOps and the CUDA batch preparation read it. This file is the
-layout's one home; `arena.pyx` gives the same numbers to Python, from where they reach the CUDA
+The scheduler packs it where the torch runner and the CUDA batch preparation read it. This file is
+the layout's one home; `arena.pyx` gives the same numbers to Python, from where they reach the CUDA
 sources as macros.
 
     header          HEADER_WORDS words, the H_ fields below
@@ -47,8 +47,7 @@ cdef enum:
     H_NUM_WORDS = 19      # words in use, header included
     H_NUM_SAMPLED = 20    # rows with F_SAMPLE
     H_MAX_LOGPROBS = 21   # largest num_logprobs over sampled rows; -1: nobody wants any
-    H_MAX_KV_LEN = 22     # largest kv_len + query length of a row
-    H_FEATURES = 23       # S_ bits: what the sampled rows of this step need, ORed
+    H_FEATURES = 22       # S_ bits: what the sampled rows of this step need, ORed
 
     # Row flags.
     F_SAMPLE = 1          # sample a token after the row's last token

@@ -7,7 +7,6 @@ from zllm.native.books cimport Books, Limits, Step
 cdef struct Packed:
     int32_t num_words
     int32_t max_logprobs
-    int32_t max_kv_len
     int32_t features
 
 cdef int64_t arena_words(const Limits* limits) noexcept nogil

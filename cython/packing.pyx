@@ -61,7 +61,6 @@ cdef Packed pack_step(Books* books, Step* step, int32_t* arena) noexcept nogil:
     cdef int32_t r, q_len, start, i
     cdef int32_t position = 0
     packed.max_logprobs = -1
-    packed.max_kv_len = 0
     packed.features = 0
     packed.num_words = <int32_t> (end - arena)
     memset(arena, 0, HEADER_WORDS * sizeof(int32_t))
@@ -101,7 +100,6 @@ cdef Packed pack_step(Books* books, Step* step, int32_t* arena) noexcept nogil:
         else:
             memcpy(tokens + position, seq.tokens + start, q_len * sizeof(int32_t))
         position += q_len
-        packed.max_kv_len = max(packed.max_kv_len, start + q_len)
         for i in range(seq.num_sent, seq.num_blocks):
             updates[0] = seq.row
             updates[1] = i
@@ -124,6 +122,5 @@ cdef Packed pack_step(Books* books, Step* step, int32_t* arena) noexcept nogil:
     books.num_swap_out = 0
     books.num_swap_in = 0
     arena[H_MAX_LOGPROBS] = packed.max_logprobs
-    arena[H_MAX_KV_LEN] = packed.max_kv_len
     arena[H_FEATURES] = packed.features
     return packed

@@ -3,7 +3,6 @@
 from libc.stdint cimport int32_t, int64_t, uint8_t
 
 from zllm.native.books cimport Books, Step
-from zllm.native.sequence cimport Request
 
 cdef struct EventList:
     int32_t count

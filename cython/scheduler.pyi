@@ -53,7 +53,8 @@ class Scheduler:
         num_sequences: int = 1,
     ) -> None:
         """Queue a request. Raises Overloaded when the queue's bounds are reached and
-        InvalidRequest when it can never run (id in use, longer than the context or the pool)."""
+        InvalidRequest when it can never run (longer than the context or the pool); RequestExists
+        when the id is in use."""
     def abort(self, request_id: int) -> bool:
         """End a request with FinishReason.ABORTED at the next commit; False when unknown."""
     def fork(self, request_id: int, index: int, token: int) -> int:

@@ -254,8 +254,8 @@ cdef class Scheduler:
 
     cdef int _require_place(self) except -1:
         if self.books.num_waiting >= self.max_queued_requests:
-            raise Overloaded(f"{self.books.num_waiting} requests wait already "
-                             f"(max_queued_requests); try again later")
+            raise Overloaded(f"{self.books.num_waiting} requests wait already, as many as "
+                             f"max_queued_requests lets; try again later")
         return 0
 
     cdef bint _has_room(self, int32_t tokens) noexcept nogil:

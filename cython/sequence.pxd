@@ -2,7 +2,6 @@
 
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t
 
-from zllm.native.arena cimport MAX_END_IDS
 from zllm.native.radix_tree cimport Salt
 
 cdef enum State:

@@ -18,7 +18,6 @@ cdef class Plan:
     cdef readonly int32_t num_swap_out
     cdef readonly int32_t num_swap_in
     cdef readonly int32_t max_logprobs
-    cdef readonly int32_t max_kv_len
     cdef readonly int32_t features
 
 

@@ -17,7 +17,6 @@ class Plan:
     num_swap_out: int
     num_swap_in: int
     max_logprobs: int
-    max_kv_len: int
     features: int
 
 class Events:

@@ -26,7 +26,6 @@ cdef Plan new_plan(const Step* step, const Packed* packed, int32_t num_swap_out,
     plan.num_swap_out = num_swap_out
     plan.num_swap_in = num_swap_in
     plan.max_logprobs = packed.max_logprobs
-    plan.max_kv_len = packed.max_kv_len
     plan.features = packed.features
     return plan
 

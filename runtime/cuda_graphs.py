@@ -33,7 +33,8 @@ class Buckets:
 
 
 def choose_buckets(max_num_seqs: int, max_num_batched_tokens: int) -> Buckets:
-    """Steps that pad by an eighth at most, up to where launches no longer matter."""
+    """Few enough to capture, up to where launches no longer matter: sequences pad to a multiple of
+    8 up to 64, of 16 up to 256 and of 32; tokens of 64 up to 256, of 128 up to 1,024 and of 256."""
     decode = {1, 2, 4, *range(8, 65, 8), *range(80, 257, 16), *range(288, max_num_seqs, 32)}
     mixed = {64, 128, 192, *range(256, 1024, 128), *range(1024, 2049, 256)}
     top = min(max_num_seqs, max_num_batched_tokens)

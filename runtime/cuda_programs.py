@@ -41,10 +41,10 @@ class StepShape:
         dtype = model.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
         kv_dtype = kv_cache_dtype(config.kv_cache_dtype, dtype)
         usual = _MAX_NUM_BATCHED_TOKENS * (1 if config.interactive else 2)
-        max_tokens = config.max_num_batched_tokens or usual
+        max_tokens = config.max_num_batched_tokens or max(usual, config.max_num_seqs)
         return StepShape(
-            max_tokens=max(max_tokens, config.max_num_seqs),
-            max_rows=config.max_num_seqs,
+            max_tokens=max_tokens,
+            max_rows=min(config.max_num_seqs, max_tokens),
             max_model_len=model.context_length(config.max_model_len),
             dtype=dtype,
             attention=AttentionSpec(
@@ -54,7 +54,8 @@ class StepShape:
 
 
 def compile_kernels(kernels: KernelLibrary, model: ModelConfig, shape: StepShape) -> None:
-    """Bring every program that serving this model launches into the cache, with a progress bar."""
+    """Bring every program that serving this model launches into the cache, with a progress bar. As
+    all models of the registry, it has QK-norm."""
     console = Console(stderr=True)
     with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task("Compiling kernels", total=None)

@@ -76,7 +76,7 @@ class Engine:
         return EngineReady(
             max_model_len=self.runner.max_model_len,
             max_num_batched_tokens=self.runner.max_num_batched_tokens,
-            num_kv_blocks=self.runner.num_kv_blocks,
+            num_kv_blocks=self.runner.num_kv_blocks - 1,  # one is nobody's
             startup_report=self.runner.report,
             card=_card(ModelConfig.from_folder(self.config.model)),
             gpu=self.runner.gpu,

@@ -15,7 +15,8 @@ CLIENT_SHIFT = 40
 
 
 class FinishReason(IntEnum):
-    """Why a sequence ended. The numbers are those of zllm.v1.FinishReason, and -1."""
+    """Why a sequence ended. The numbers are those of zllm.v1.FinishReason, and from 100 on
+    the engine's own."""
 
     NONE = 0
     EOS = 1
@@ -118,6 +119,7 @@ class EngineReady(_Message, frozen=True, tag="ready"):
     """The engine's first message to a client: this is what it serves."""
 
     max_model_len: int
+    """This and the next two: of the settings of that name, what they came to."""
     max_num_batched_tokens: int
     num_kv_blocks: int
     startup_report: list[str]

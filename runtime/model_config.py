@@ -70,7 +70,6 @@ class ModelConfig:
     initializer_range: float = 0.02
     dtype: torch.dtype = torch.float32
     """Of the checkpoint."""
-    bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
     ignored: tuple[str, ...] = ()
@@ -160,7 +159,6 @@ class ModelConfig:
         num_heads = _integer(raw, "num_attention_heads")
         hidden_size = _integer(raw, "hidden_size")
         head_dim = raw.get("head_dim")
-        bos = raw.get("bos_token_id")
         return cls(
             architecture=str(architectures[0]),
             vocab_size=_integer(raw, "vocab_size"),
@@ -177,7 +175,6 @@ class ModelConfig:
             attention_bias=bool(raw.get("attention_bias", False)),
             initializer_range=float(raw.get("initializer_range", 0.02)),
             dtype=_dtype(raw),
-            bos_token_id=bos if isinstance(bos, int) else None,
             eos_token_ids=_token_ids(generation.get("eos_token_id", raw.get("eos_token_id"))),
             sampling=_sampling_defaults(generation),
             ignored=tuple(

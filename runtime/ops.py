@@ -71,18 +71,29 @@ class SamplingStep:
 
 @dataclass(frozen=True, slots=True)
 class DecoderLayer:
-    """The weights of one layer: attention, then a gated MLP, each behind an RMSNorm."""
+    """The weights of one layer: attention, then a gated MLP, each behind an RMSNorm. All have the
+    model's dtype; Hq and Hkv are its heads, D their size, H the hidden size and I the MLP's."""
 
     input_norm: Tensor
+    """[H]."""
     qkv: Tensor
+    """[(Hq + 2 Hkv) * D, H]."""
     qkv_bias: Tensor | None
+    """[(Hq + 2 Hkv) * D]."""
     q_norm: Tensor | None
+    """[D]; with k_norm, or neither."""
     k_norm: Tensor | None
+    """[D]."""
     output: Tensor
+    """[H, Hq * D]."""
     output_bias: Tensor | None
+    """[H]."""
     post_norm: Tensor
+    """[H]."""
     gate_up: Tensor
+    """[2 I, H]: the gate's rows, then the up projection's."""
     down: Tensor
+    """[H, I]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +101,10 @@ class Decoder:
     """All layers of a model, for backends that can take them at once."""
 
     embedding: Tensor
+    """[V, H]."""
     layers: tuple[DecoderLayer, ...]
     cos_sin: Tensor
+    """float32 [max_model_len, D] (runtime/rope.py)."""
     num_heads: int
     num_kv_heads: int
     head_dim: int

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from zllm.errors import InvalidRequest
-from zllm.native import arena
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 64
+MAX_STOP_TOKEN_IDS = 1024
 _SEED_LIMIT = 2**64
 
 
@@ -75,10 +75,10 @@ class SamplingParams:
                 raise InvalidRequest(
                     f"stopping.stop_strings[{index}]", f"is {text!r}: it must be a text, not empty"
                 )
-        if len(self.stop_token_ids) > arena.MAX_END_IDS:
+        count = len(self.stop_token_ids)
+        if count > MAX_STOP_TOKEN_IDS:
             raise InvalidRequest(
-                "stopping.stop_token_ids",
-                f"has {len(self.stop_token_ids)} items: at most {arena.MAX_END_IDS}",
+                "stopping.stop_token_ids", f"has {count} items: at most {MAX_STOP_TOKEN_IDS}"
             )
         for index, token in enumerate(self.stop_token_ids):
             _check_integer(f"stopping.stop_token_ids[{index}]", token, 0, 2**31 - 1)

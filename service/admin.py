@@ -153,7 +153,8 @@ class AdminService:
         return grace
 
     def _config_json(self) -> str:
-        engines = [asdict(config) for config in self._engines.configs]
+        """No secrets are in it: keys and certificates are named by their files."""
+        engines = [asdict(config) for config in self._engines.effective]
         return json.dumps({"server": asdict(self._server), "engines": engines}, default=str)
 
     def _loads(self) -> list[admin_pb2.Load]:

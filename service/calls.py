@@ -68,10 +68,6 @@ class Call:
         return self.started.queued_s if self.started else None
 
     @property
-    def prefill_time(self) -> float | None:
-        return self.started.prefill_s if self.started else None
-
-    @property
     def time_to_first_token(self) -> float | None:
         return self.started.first_token_at - self.began if self.started else None
 

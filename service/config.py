@@ -101,7 +101,7 @@ class ServerConfig:
         for name in ("max_connections", "max_streams_per_connection"):
             value = getattr(self, name)
             if not 1 <= value < 2**31:
-                raise ConfigError(f"{name} is {value}: it must be at least 1")
+                raise ConfigError(f"{name} is {value}: it must be in 1..{2**31 - 1}")
         if not 1024 <= self.max_metadata_bytes <= 2**20:
             raise ConfigError(
                 f"max_metadata_bytes is {self.max_metadata_bytes}: it must be in 1024..1048576"
@@ -110,11 +110,11 @@ class ServerConfig:
             raise ConfigError(
                 f"otlp_endpoint is {self.otlp_endpoint}: it must be http://HOST:PORT, or https://"
             )
-        self._check_exposure()
-        if self.max_message_bytes < 1024:
+        if not 1024 <= self.max_message_bytes < 2**31:
             raise ConfigError(
-                f"max_message_bytes is {self.max_message_bytes}: it must be at least 1024"
+                f"max_message_bytes is {self.max_message_bytes}: it must be in 1024..{2**31 - 1}"
             )
+        self._check_exposure()
 
     def _check_exposure(self) -> None:
         if bool(self.tls_cert) != bool(self.tls_key):

@@ -1,7 +1,7 @@
 """What the supervisor and a frontend say to each other, over a pair of sockets.
 
 msgspec structs in msgpack, each after its length in four bytes. Every call of the supervisor gets
-one answer; answers may come in another order.
+one answer, but for those that say otherwise; answers may come in another order.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -74,6 +74,21 @@ class Engines:
     @property
     def configs(self) -> list[EngineConfig]:
         return [model.config for model in self._models.values()]
+
+    @property
+    def effective(self) -> list[EngineConfig]:
+        """With what each engine that has loaded made of them."""
+        return [
+            replace(
+                model.config,
+                max_model_len=ready.max_model_len,
+                max_num_batched_tokens=ready.max_num_batched_tokens,
+                num_kv_blocks=ready.num_kv_blocks,
+            )
+            if (ready := model.engine.ready)
+            else model.config
+            for model in self._models.values()
+        ]
 
     @property
     def healthy(self) -> bool:

@@ -36,6 +36,6 @@ def _traces(config: ServerConfig, version: str) -> Traces | None:
         from zllm.service.tracing import Traces
     except ImportError as error:
         raise ConfigError(
-            f"otlp_endpoint needs OpenTelemetry ({error}): pip install 'zllm[tracing]'"
+            f"otlp_endpoint needs OpenTelemetry ({error}): install zllm with its extra [tracing]"
         ) from None
     return Traces.to(config.otlp_endpoint, version)

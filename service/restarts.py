@@ -47,6 +47,8 @@ class KeptEngine:
         self._loading = loading
         self._command = command
         self._process: EngineProcess | None = None
+        self.ready: EngineReady | None = None
+        """What the last one said that loaded."""
 
     @property
     def healthy(self) -> bool:
@@ -61,7 +63,7 @@ class KeptEngine:
                 keep_socket=self._server.frontends > 1,
                 command=self._command,
             )
-            ready = await process.start(self._server.load_timeout)
+            self.ready = ready = await process.start(self._server.load_timeout)
         await self._add(ready, process.client)
         return ready
 

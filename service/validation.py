@@ -14,14 +14,12 @@ from google.protobuf.duration_pb2 import Duration
 
 from zllm.errors import InvalidRequest, UnsupportedRequest
 from zllm.runtime.messages import ModelCard, Sampling, Stopping
+from zllm.runtime.sampling_params import MAX_LOGPROBS, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS
 from zllm.service.served_model import ServedModel
 from zllm.service.status import BadFields
 from zllm.v1 import generation_pb2
 
-MAX_STOP_STRINGS = 64
 MAX_STOP_STRING_CHARS = 1024
-MAX_STOP_TOKEN_IDS = 1024
-MAX_LOGPROBS = 20
 MAX_REQUEST_ID_CHARS = 256
 MAX_SALT_CHARS = 256
 MAX_CHAT_MESSAGES = 4096
@@ -94,9 +92,11 @@ def check_options(
     refuse_unsupported(request)
     check = Check()
     if len(request.request_id) > MAX_REQUEST_ID_CHARS:
-        check.wrong("request_id", f"it may have {MAX_REQUEST_ID_CHARS} characters at most")
+        count = len(request.request_id)
+        check.wrong("request_id", f"{count} characters; at most {MAX_REQUEST_ID_CHARS} go")
     if len(request.cache.salt) > MAX_SALT_CHARS:
-        check.wrong("cache.salt", f"it may have {MAX_SALT_CHARS} characters at most")
+        count = len(request.cache.salt)
+        check.wrong("cache.salt", f"{count} characters; at most {MAX_SALT_CHARS} go")
     sampling = _sampling(check, request.sampling, model.card)
     stopping = _stopping(check, request.stopping, model)
     output = request.output
@@ -104,12 +104,12 @@ def check_options(
     if num_logprobs > MAX_LOGPROBS:
         check.wrong("output.logprobs", f"{num_logprobs} is not in [0, {MAX_LOGPROBS}]")
     if output.HasField("min_tokens_per_delta") and output.min_tokens_per_delta < 1:
-        check.wrong("output.min_tokens_per_delta", "it must be at least 1")
+        check.wrong("output.min_tokens_per_delta", "it is 0; it must be at least 1")
     queue_timeout = server_queue_timeout
     if request.HasField("queue_timeout"):
         queue_timeout = check.seconds("queue_timeout", request.queue_timeout)
     if request.HasField("truncate_prompt_tokens") and request.truncate_prompt_tokens < 1:
-        check.wrong("truncate_prompt_tokens", "it must be at least 1")
+        check.wrong("truncate_prompt_tokens", "it is 0; it must be at least 1")
     _prompt_fields(check, request, model)
     check.done()
     return Options(
@@ -209,7 +209,7 @@ def _sampling(check: Check, params: generation_pb2.SamplingParams, model: ModelC
     check.number("sampling.min_p", min_p, 0.0, 1.0)
     check.number("sampling.top_k", top_k, 0, 2**31 - 1)
     if params.HasField("num_sequences") and params.num_sequences < 1:
-        check.wrong("sampling.num_sequences", "it must be at least 1")
+        check.wrong("sampling.num_sequences", "it is 0; it must be at least 1")
     seed = params.seed if params.HasField("seed") else secrets.randbits(64)
     return Sampling(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed)
 
@@ -220,7 +220,7 @@ def _stopping(check: Check, params: generation_pb2.StoppingParams, model: Served
     if params.HasField("max_tokens"):
         max_tokens = params.max_tokens
         if max_tokens < 1:
-            check.wrong("stopping.max_tokens", "it must be at least 1")
+            check.wrong("stopping.max_tokens", "it is 0; it must be at least 1")
     min_tokens = params.min_tokens
     if min_tokens > (max_tokens or model.max_context_tokens):
         check.wrong("stopping.min_tokens", f"{min_tokens} is more than the output may have")

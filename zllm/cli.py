@@ -10,10 +10,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import zllm
 from zllm.errors import ConfigError, RequestError, ZllmError
+
+if TYPE_CHECKING:
+    from zllm.clients.credentials import Tls
 
 DEFAULT_TARGET = "127.0.0.1:50051"
 
@@ -146,22 +149,32 @@ def _chat(arguments: argparse.Namespace) -> int:
             messages.append({"role": "assistant", "content": "".join(answer)})
 
 
-def _add_access(parser: argparse.ArgumentParser) -> None:
+def _add_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", default=DEFAULT_TARGET, help=f"default: {DEFAULT_TARGET}")
-    # A key on the command line would be in every process list.
-    parser.add_argument(
-        "--api-key-file", type=Path, metavar="FILE", help="default: $ZLLM_API_KEY, where it is set"
-    )
     parser.add_argument("--tls", action="store_true", help="implied by the three that follow")
     parser.add_argument("--tls-ca", default="", metavar="FILE", help="default: gRPC's own roots")
     parser.add_argument("--tls-cert", default="", metavar="FILE", help="the client's own")
     parser.add_argument("--tls-key", default="", metavar="FILE", help="of the client's certificate")
 
 
-def _access(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The clients' arguments that say who calls, and over what. Raises ConfigError."""
+def _add_access(parser: argparse.ArgumentParser) -> None:
+    _add_target(parser)
+    # A key on the command line would be in every process list.
+    parser.add_argument(
+        "--api-key-file", type=Path, metavar="FILE", help="default: $ZLLM_API_KEY, where it is set"
+    )
+
+
+def _tls(arguments: argparse.Namespace) -> Tls | None:
     from zllm.clients.credentials import Tls
 
+    files = (arguments.tls_ca, arguments.tls_cert, arguments.tls_key)
+    encrypted = arguments.tls or any(files)
+    return Tls(ca=files[0], cert=files[1], key=files[2]) if encrypted else None
+
+
+def _access(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The clients' arguments that say who calls, and over what. Raises ConfigError."""
     key = os.environ.get("ZLLM_API_KEY", "")
     file: Path | None = arguments.api_key_file
     if file is not None:
@@ -169,10 +182,7 @@ def _access(arguments: argparse.Namespace) -> dict[str, Any]:
             key = file.read_text().strip()
         except OSError as error:
             raise ConfigError(f"--api-key-file {file}: {error.strerror}") from None
-    files = (arguments.tls_ca, arguments.tls_cert, arguments.tls_key)
-    encrypted = arguments.tls or any(files)
-    tls = Tls(ca=files[0], cert=files[1], key=files[2]) if encrypted else None
-    return {"api_key": key, "tls": tls}
+    return {"api_key": key, "tls": _tls(arguments)}
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -229,7 +239,7 @@ def _add_health(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="ask a server whether it serves",
         description="Ends with 0 where the server says SERVING and with 1 otherwise.",
     )
-    _add_access(health)
+    _add_target(health)
     health.add_argument("--service", default="", help="of this name alone; default: the server")
     health.add_argument("--timeout", type=float, default=5.0, help="seconds; default: 5")
     health.set_defaults(run=_health)
@@ -239,10 +249,7 @@ def _health(arguments: argparse.Namespace) -> int:
     from zllm.clients.health import ask
 
     status = ask(
-        arguments.target,
-        arguments.service,
-        tls=_access(arguments)["tls"],
-        timeout=arguments.timeout,
+        arguments.target, arguments.service, tls=_tls(arguments), timeout=arguments.timeout
     )
     print(status)
     return 0 if status == "SERVING" else 1

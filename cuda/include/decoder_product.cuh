@@ -9,7 +9,6 @@
 #include "decoder_shared.cuh"
 #include "linear_finish.cuh"
 
-constexpr int round_up(int x, int unit) { return (x + unit - 1) / unit * unit; }
 constexpr int ceil_div(int x, int y) { return (x + y - 1) / y; }
 constexpr int least(int x, int y) { return x < y ? x : y; }
 

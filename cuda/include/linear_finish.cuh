@@ -14,14 +14,6 @@ __device__ __forceinline__ Tile share_of(u32 total, u32 parts, u32 i) {
   return {static_cast<int>(i * each + min(i, longer)), static_cast<int>(each + (i < longer))};
 }
 
-// The same in units of Unit rows, so that a tile begins where vectors do; the last may be short.
-template <int Unit>
-__device__ __forceinline__ Tile share_of_units(int total, u32 parts, u32 i) {
-  const Tile units = share_of((total + Unit - 1) / Unit, parts, i);
-  const int first = units.first * Unit;
-  return {first, max(min(units.count * Unit, total - first), 0)};
-}
-
 // The row of W that stands at `row` of a tile, or -1. Gated: in each 16 rows of the tile, 8 of the
 // gate and then their 8 of the up projection, which is n rows further on.
 template <bool Gated> __device__ __forceinline__ int weight_row(Tile tile, int n, int row) {

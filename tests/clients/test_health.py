@@ -23,6 +23,8 @@ async def test_it_ends_with_0_while_the_server_serves_and_with_1_in_a_drain(
             command = ["health", "--target", server.target, *arguments]
             assert await asyncio.to_thread(main, command) == 0
             assert capsys.readouterr().out == "SERVING\n"
+        assert await asyncio.to_thread(main, [*command, "--service", "model/zz"]) == 1
+        assert "service: 'model/zz' is not known" in capsys.readouterr().err
         await server.server.drain(0.0)
         assert await asyncio.to_thread(main, command) == 1
         assert capsys.readouterr().out == "NOT_SERVING\n"

@@ -83,6 +83,13 @@ def test_none_leaves_a_field_to_the_server() -> None:
     assert request == generation_pb2.GenerateRequest(text="hi")
 
 
+@pytest.mark.parametrize("message", [{}, {"role": "user"}, {"content": "hi"}])
+def test_a_message_needs_role_and_content(message: dict[str, str]) -> None:
+    with pytest.raises(InvalidRequest, match="role and content") as caught:
+        build_request([message])
+    assert caught.value.field == "prompt"
+
+
 def test_one_stop_string_need_not_be_a_list() -> None:
     assert list(build_request("hi", stop="end").stopping.stop_strings) == ["end"]
 

@@ -96,17 +96,14 @@ class Device:
             for r in range(num_rows)
         ]
         sampled = np.zeros(num_rows, np.int32)
-        longest = 0
         for r in range(num_rows):
             length = int(kv_len[r] + q_start[r + 1] - q_start[r])
-            longest = max(longest, length)
             self._verify(int(rows[r]), length)
             if flags[r] & arena.F_SAMPLE:
                 sampled[r] = sample(states[r], self._seed(int(rows[r])), self.vocab)
                 self.last_token[int(rows[r])] = int(sampled[r])
         self.tokens_computed += num_tokens
         assert int(words[arena.H_NUM_SAMPLED]) == int(((flags & arena.F_SAMPLE) != 0).sum())
-        assert int(words[arena.H_MAX_KV_LEN]) == longest
         return sampled
 
     def _copy(self, words: npt.NDArray[np.int32], section: Any) -> None:

@@ -62,6 +62,15 @@ def test_a_stop_token_is_named_and_not_in_the_text(llm: LLM) -> None:
     assert output.outputs[0].stop_reason == comma
 
 
+def test_with_min_tokens_fewer_stop_tokens_go_as_the_device_keeps_them(llm: LLM) -> None:
+    many = {"stop_token_ids": range(100, 130), "temperature": 0.0, "max_tokens": 4}
+    (output,) = llm.chat(ask("What is 12 + 7?"), SamplingParams(**many))
+    assert output.outputs[0].finish_reason in ("length", "stop")
+    with pytest.raises(InvalidRequest, match="at most 18") as caught:
+        llm.chat(ask("What is 12 + 7?"), SamplingParams(min_tokens=1, **many))
+    assert caught.value.field == "stopping.stop_token_ids"
+
+
 def test_a_token_that_ends_it_is_in_the_text_only_where_asked(llm: LLM) -> None:
     (plain,) = llm.chat(ask("What is 12 + 7?"), GREEDY)
     end = plain.outputs[0].token_ids[4]

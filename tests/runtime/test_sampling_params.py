@@ -35,7 +35,7 @@ from zllm.runtime.sampling_params import SamplingParams
         ("stopping.stop_strings[1]", {"stop": ["end", ""]}),
         ("stopping.stop_strings", {"stop": ["x"] * 10_000}),
         ("stopping.stop_token_ids[0]", {"stop_token_ids": [-1]}),
-        ("stopping.stop_token_ids", {"stop_token_ids": range(1000)}),
+        ("stopping.stop_token_ids", {"stop_token_ids": range(1025)}),
         ("output.logprobs", {"logprobs": -1}),
         ("output.logprobs", {"logprobs": 10_000}),
     ],

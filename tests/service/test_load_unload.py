@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -246,6 +247,16 @@ async def test_what_cannot_be_loaded_names_its_field(
         code, words = await refusal(server.admin.LoadModel(request_))
         assert code is grpc.StatusCode.INVALID_ARGUMENT
         assert words.startswith(f"{field}: ")
+
+
+async def test_server_info_shows_what_the_engine_made_of_its_settings() -> None:
+    async with serving(num_kv_blocks=None) as served, administering(served) as (admin, _):
+        info = await admin.GetServerInfo(admin_pb2.GetServerInfoRequest())
+        (engine,) = json.loads(info.config_json)["engines"]
+        assert engine["served_model_name"] == "stub"
+        assert engine["max_model_len"] == info.models[0].max_context_tokens
+        assert engine["num_kv_blocks"] > 0
+        assert engine["max_num_batched_tokens"] > 0
 
 
 async def test_a_server_whose_memory_is_all_shared_out_loads_no_more() -> None:
