@@ -81,7 +81,7 @@ template <int Threads> __device__ __forceinline__ float block_sum(float x, float
 // that is what makes the chain transitive. Both are no-ops in an ordinary launch.
 //
 // What is const __restrict__ the compiler may read before the wait, for all that is written here: so
-// nothing that a step computes its addresses and sizes from is.
+// only weights and tables are, which no step writes.
 __device__ __forceinline__ void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -14,8 +14,7 @@ __device__ __forceinline__ float silu(float x) {
 
 // gate_up [rows, 2 * INTER] -> out [rows, INTER]; each thread makes Share vectors.
 template <int Share>
-__device__ __forceinline__ void silu_mul(SCALAR* __restrict__ out,
-                                         const SCALAR* __restrict__ gate_up, int rows) {
+__device__ __forceinline__ void silu_mul(SCALAR* out, const SCALAR* gate_up, int rows) {
   let_next_start();
   wait_for_previous();
   const u32 total = u32(rows) * kRowVecs;

@@ -4,8 +4,8 @@
 
 // Grid: (indices, parts of a row). An index outside [0, num_rows) gives zeros: the row of a
 // sequence whose last sample failed (-1) must not stop the batch.
-extern "C" __global__ void take_rows(uint4* __restrict__ out, const uint4* __restrict__ table,
-                                     const int* index, int num_rows, int row_vecs) {
+extern "C" __global__ void take_rows(uint4* out, const uint4* table, const int* index,
+                                     int num_rows, int row_vecs) {
   let_next_start();
   wait_for_previous();
   const int row = index[blockIdx.x];

@@ -22,7 +22,7 @@ __device__ __forceinline__ u64 best_of_vector(const SCALAR* row, int id, u64 bar
 // [rows, num_top], best first.
 extern "C" __global__ void __launch_bounds__(kThreads)
 logprobs(float* out, int* ranks, int* top_ids, float* top_logprobs,
-         const SCALAR* __restrict__ logits, const int* chosen, int num_top) {
+         const SCALAR* logits, const int* chosen, int num_top) {
   __shared__ u64 packed[kThreads / 32];
   __shared__ float sums[kThreads / 32];
   let_next_start();

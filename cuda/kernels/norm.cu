@@ -11,9 +11,8 @@ constexpr int kShare = (kVecs + THREADS - 1) / THREADS;
 static_assert(HIDDEN % kVec == 0, "HIDDEN must be a multiple of the vector");
 
 template <bool Add>
-__device__ __forceinline__ void norm_row(SCALAR* __restrict__ out, const SCALAR* __restrict__ x,
-                                         SCALAR* residual, const SCALAR* __restrict__ weight,
-                                         float eps) {
+__device__ __forceinline__ void norm_row(SCALAR* out, const SCALAR* x, SCALAR* residual,
+                                         const SCALAR* __restrict__ weight, float eps) {
   __shared__ float scratch[THREADS / 32];
   let_next_start();
   Vec<SCALAR> scale[kShare], row[kShare], old[kShare];

@@ -43,9 +43,8 @@ __device__ __forceinline__ uint4 load_here(const void* from) {
 // each, or null for 1) divide what is stored. `early`: positions and slots were written before this
 // kernel could start, so that only qkv is waited for.
 extern "C" __global__ void __launch_bounds__(THREADS)
-rope_cache(SCALAR* __restrict__ q_out, const SCALAR* __restrict__ qkv, CACHE* keys, CACHE* values,
-           const int* positions, const int* slots,
-           const float* __restrict__ cos_sin, const SCALAR* __restrict__ q_norm,
+rope_cache(SCALAR* q_out, const SCALAR* qkv, CACHE* keys, CACHE* values, const int* positions,
+           const int* slots, const float* __restrict__ cos_sin, const SCALAR* __restrict__ q_norm,
            const SCALAR* __restrict__ k_norm, const float* k_scale, const float* v_scale,
            i64 block_stride, float eps, int early) {
   let_next_start();

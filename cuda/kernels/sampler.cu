@@ -177,9 +177,8 @@ __device__ __forceinline__ Partial draw_chunk(const SCALAR* row, int begin, int 
 // Grid: (splits, S). logits [S, VOCAB]; partials [S, splits]; chunks [S, kChunks]: the largest
 // logit of each where the row is filtered, else log-sum-exp of logit / T.
 extern "C" __global__ void __launch_bounds__(kScanThreads)
-scan_logits(Partial* partials, float* chunks, const SCALAR* __restrict__ logits,
-            const int* table, const int* sample_rows,
-            const int* sample_tokens, const int* positions) {
+scan_logits(Partial* partials, float* chunks, const SCALAR* logits, const int* table,
+            const int* sample_rows, const int* sample_tokens, const int* positions) {
   __shared__ u64 packed[kScanThreads / 32];
   __shared__ float sums[kScanThreads / 32];
   let_next_start();
