@@ -46,8 +46,8 @@ def load_nvrtc() -> ModuleType:
         nvrtc.nvrtcVersion()
     except Exception as error:  # the bindings raise a class of their own for each cause
         raise KernelError(
-            f"NVRTC cannot be loaded ({error}): install zllm with its extra [cuda], for "
-            "cuda-bindings and nvidia-cuda-nvrtc"
+            f"NVRTC cannot be loaded ({error}): pip install cuda-bindings "
+            "nvidia-cuda-nvrtc, which zllm's extra [cuda] brings"
         ) from error
     return nvrtc  # type: ignore[no-any-return]
 
