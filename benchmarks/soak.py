@@ -1,6 +1,6 @@
 """A soak: random load with cancels against the embedded model, for as long as asked.
 
-    python benchmarks/soak.py [--minutes 20] [--out benchmarks/results/soak-DATE]
+    python benchmarks/soak.py [--minutes 20] [--device cuda] [--out benchmarks/results/soak-DATE]
 
 The service runs in this process, so that its tasks can be counted; the engine in its own as ever,
 the load (soak_load.py) in a third. Memory, file descriptors, free blocks and tasks are sampled
@@ -17,6 +17,7 @@ import gc
 import json
 import os
 import platform
+import re
 import signal
 import statistics
 import sys
@@ -57,18 +58,23 @@ class Sample:
     engine_fds: int
     tasks: int
     blocks_free: int
+    preemptions: float
     running: int
     queued: int
     tokens_per_s: float
 
 
 class Sampler:
-    def __init__(self, admin: admin_pb2_grpc.AdminServiceStub) -> None:
+    def __init__(self, admin: admin_pb2_grpc.AdminServiceStub, metrics_url: str) -> None:
         self._admin = admin
+        self._metrics_url = metrics_url
         self._began = time.monotonic()
         self._service = psutil.Process()
 
     async def take(self) -> Sample:
+        """Reads the metrics, too, as Prometheus does all the time."""
+        page = await asyncio.to_thread(_read, self._metrics_url)
+        preemptions = float(re.search(r"^zllm:num_preemptions_total\{.*\} (\S+)", page, re.M)[1])
         (load,) = (await self._admin.GetLoad(admin_pb2.GetLoadRequest())).loads
         (engine,) = [c for c in self._service.children() if "engine.sock" in " ".join(c.cmdline())]
         return Sample(
@@ -79,6 +85,7 @@ class Sampler:
             engine_fds=engine.num_fds(),
             tasks=len(asyncio.all_tasks()),
             blocks_free=load.kv_blocks_free,
+            preemptions=preemptions,
             running=load.running_requests,
             queued=load.queued_requests,
             tokens_per_s=load.tokens_per_second,
@@ -95,10 +102,9 @@ class Sampler:
         return min(samples, key=lambda s: (s.running + s.queued, s.tasks, s.service_fds))
 
 
-def read_metrics(url: str) -> None:
-    """As Prometheus does all the time."""
+def _read(url: str) -> str:
     with urllib.request.urlopen(url, timeout=30) as answer:
-        answer.read()
+        return str(answer.read().decode())
 
 
 async def put_under_load(target: str, seconds: float, seed: int) -> dict[str, int]:
@@ -109,11 +115,12 @@ async def put_under_load(target: str, seconds: float, seed: int) -> dict[str, in
     return ends
 
 
-async def soak(minutes: float) -> dict[str, Any]:
+async def soak(minutes: float, device: str) -> dict[str, Any]:
     lines: list[str] = []
+    # So few blocks that requests give theirs up, by recomputation and by swap.
     engine = EngineConfig(
-        model=EMBEDDED_MODEL, served_model_name="tiny", num_kv_blocks=1024, max_num_seqs=32,
-        device="cpu",
+        model=EMBEDDED_MODEL, served_model_name="tiny", num_kv_blocks=384, max_num_seqs=32,
+        swap_space_gib=0.01, device=device,
     )  # fmt: skip
     config = ServerConfig(port=0, admin_port=0, metrics_port=0)
     server = asyncio.create_task(
@@ -125,16 +132,14 @@ async def soak(minutes: float) -> dict[str, Any]:
         await asyncio.sleep(0.1)
     addresses = {line.split()[0]: line.split()[-1] for line in lines if " on " in line}
     async with grpc.aio.insecure_channel(addresses["admin"]) as channel:
-        sampler = Sampler(admin_pb2_grpc.AdminServiceStub(channel))
+        sampler = Sampler(admin_pb2_grpc.AdminServiceStub(channel), addresses["metrics"])
         # What is allocated once is there before the first count.
         await put_under_load(addresses["listening"], WARM_UP_S, seed=0)
-        await asyncio.to_thread(read_metrics, addresses["metrics"])
         before = await sampler.at_rest()
         load = asyncio.create_task(put_under_load(addresses["listening"], minutes * 60, seed=1))
         samples = []
         while not load.done():
             samples.append(await sampler.take())
-            await asyncio.to_thread(read_metrics, addresses["metrics"])
             await asyncio.wait({load}, timeout=SAMPLE_S)
         after = await sampler.at_rest()
     os.kill(os.getpid(), signal.SIGTERM)
@@ -144,6 +149,7 @@ async def soak(minutes: float) -> dict[str, Any]:
         "before": asdict(before),
         "after": asdict(after),
         "exit_code": exit_code,
+        "preemptions": after.preemptions,
         "not_flat": not_flat(before, after, samples),
         "samples": {f.name: [getattr(s, f.name) for s in samples] for f in fields(Sample)},
     }
@@ -195,6 +201,7 @@ def main() -> int:
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=20.0)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, help="the path of both files, without its ending")
     options = parser.parse_args()
     date = time.strftime("%Y-%m-%d")
@@ -202,9 +209,10 @@ def main() -> int:
         "date": date,
         "machine": f"{os.cpu_count()} cores of {platform.machine()}, shared by all",
         "versions": {"zllm": zllm.__version__, "grpcio": grpc.__version__},
-        "command": f"python benchmarks/soak.py --minutes {options.minutes:g}",
+        "command": f"python benchmarks/soak.py --minutes {options.minutes:g} "
+        f"--device {options.device}",
     }
-    report |= uvloop.run(soak(options.minutes))
+    report |= uvloop.run(soak(options.minutes, options.device))
     print(json.dumps({k: v for k, v in report.items() if k != "samples"}, indent=2))
     if options.out is not None:
         options.out.with_suffix(".json").write_text(json.dumps(report) + "\n")

@@ -11,7 +11,7 @@ done
 rm -rf .whl
 for name in grpcio grpcio-tools grpcio-health-checking grpcio-reflection grpcio-status \
             googleapis-common-protos protobuf msgspec \
-            prometheus_client structlog nvidia-ml-py; do
+            prometheus_client structlog nvidia-ml-py psutil uvloop; do
   python3 -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 \
     --implementation cp "${platforms[@]}" -d .whl "$(grep -i "^$name==" constraints.txt)"
 done
