@@ -7,7 +7,6 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from zllm.clients.credentials import Tls
 from zllm.clients.failures import to_error
-from zllm.errors import UnknownModel
 
 
 def ask(target: str, service: str = "", *, tls: Tls | None = None, timeout: float = 5.0) -> str:
@@ -22,8 +21,5 @@ def ask(target: str, service: str = "", *, tls: Tls | None = None, timeout: floa
         try:
             answer = check(health_pb2.HealthCheckRequest(service=service), timeout=timeout)
         except grpc.RpcError as failure:
-            if failure.code() is grpc.StatusCode.NOT_FOUND:
-                known = "ask for none, model/NAME or a service's full name"
-                raise UnknownModel("service", f"{service!r} is not known: {known}") from None
             raise to_error(failure) from None
     return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))

@@ -30,8 +30,10 @@ class Begin(_Message, frozen=True):
     version: str
     number: int
     """Of its requests' ids (runtime/messages.py)."""
+    names: list[str]
+    """The models that it will hear of, the default first."""
     awaits: list[str]
-    """Models without which it is not SERVING."""
+    """Those without which it is not SERVING."""
 
 
 class Listen(_Message, frozen=True):
@@ -124,7 +126,8 @@ class Channel:
     def send(self, message: Call | Answer) -> None:
         """At once, or in order when the other end reads. To one that is gone: dropped."""
         data = msgspec.msgpack.encode(message, enc_hook=str)
-        self._writer.write(len(data).to_bytes(4, "big") + data)
+        if not self._writer.is_closing():
+            self._writer.write(len(data).to_bytes(4, "big") + data)
 
     async def receive(self, kind: type[Kind]) -> Kind | None:
         """The next message; None when the other end has gone."""

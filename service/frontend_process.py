@@ -54,7 +54,9 @@ class Frontend:
 
     def __init__(self, begin: Begin, observers: Sequence[Observer]) -> None:
         self._begin = begin
-        self._server = Server(begin.config, awaits=begin.awaits, observers=observers)
+        self._server = Server(
+            begin.config, names=begin.names, awaits=begin.awaits, observers=observers
+        )
         self._engines: dict[str, EngineClient] = {}
         self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._hurry = asyncio.Event()

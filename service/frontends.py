@@ -12,7 +12,7 @@ import logging
 import shutil
 import socket
 import tempfile
-from collections.abc import Awaitable, Collection, Iterable, Sequence
+from collections.abc import Awaitable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -50,10 +50,12 @@ log = logging.getLogger(__name__)
 class Frontends:
     """Is to engines and operators what a Server is, for `config.frontends` of them."""
 
-    def __init__(self, config: ServerConfig, *, version: str, awaits: Collection[str] = ()) -> None:
+    def __init__(self, config: ServerConfig, *, version: str, names: Sequence[str] = ()) -> None:
+        """`names`: of the models that are loaded at the start, the default first."""
         self._config = config
         self._version = version
-        self._awaits = set(awaits)
+        self._names = dict.fromkeys(names)
+        self._awaits = set(names)
         self._folders: dict[str, Path] = {}
         self._models: dict[str, RunningModel] = {}
         self._alive: list[FrontendHandle] = []
@@ -95,12 +97,15 @@ class Frontends:
 
     async def expect(self, name: str, folder: Path) -> None:
         """As Server.expect, in each."""
+        self._names.setdefault(name)
         self._folders[name] = folder
         await self._call_all(Expect(name, folder))
 
     async def add(self, name: str, ready: EngineReady, engine: EngineClient) -> None:
         """As Server.add, in each. An engine that is lost meanwhile is no error: its keeper hears
-        of that too."""
+        of that too. Nor is one that is expected no more."""
+        if name not in self._folders:
+            return
         last = self._models.get(name)
         restarts = last.restarts + 1 if last is not None else 0
         self._models[name] = RunningModel(
@@ -119,6 +124,7 @@ class Frontends:
 
     async def remove(self, name: str, grace: float = 0.0) -> None:
         """As Server.remove, in each."""
+        self._names.pop(name, None)
         self._folders.pop(name, None)
         self._awaits.discard(name)
         model = self._models.pop(name, None)
@@ -160,9 +166,9 @@ class Frontends:
         """One that serves all that is served, and then listens. Raises ConfigError."""
         self._started += 1
         frontend = FrontendHandle()
-        awaits = sorted(self._awaits)
+        names, awaits = list(self._names), sorted(self._awaits)
         try:
-            begin = Begin(self._config, self._version, self._started, awaits)
+            begin = Begin(self._config, self._version, self._started, names, awaits)
             await frontend.start(begin, self._counts)
             # From here on it hears of every change, after what was before it.
             self._alive.append(frontend)
@@ -170,6 +176,8 @@ class Frontends:
                 await _answers([frontend.call(order) for order in self._so_far()])
             except ConfigError as error:
                 log.error("a new frontend does not serve all models: %s", error)
+            if self._draining:
+                raise Unavailable("the server is draining")
             await frontend.call(Listen())
         except BaseException:
             if frontend in self._alive:
@@ -192,12 +200,13 @@ class Frontends:
             how = await frontend.until_lost(2 * self._config.engine_timeout)
             if frontend in self._alive:
                 self._alive.remove(frontend)
+            if not self._draining:
+                failures = 1 if loop.time() - began > STEADY_S else failures + 1
+                pause = pause_after(failures, self._config.restart_backoff)
+                log.error("a frontend is lost: %s; the next one starts in %.1f s", how, pause)
+                await asyncio.sleep(pause)
             if self._draining:
                 return
-            failures = 1 if loop.time() - began > STEADY_S else failures + 1
-            pause = pause_after(failures, self._config.restart_backoff)
-            log.error("a frontend is lost: %s; the next one starts in %.1f s", how, pause)
-            await asyncio.sleep(pause)
             began = loop.time()
             try:
                 frontend = await self._start_one()

@@ -108,8 +108,12 @@ class GenerationService:
     def _note(self, request: generation_pb2.GenerateRequest) -> None:
         call = current_call()
         call.request = request
-        if not request.model or self._models.knows(request.model):
-            call.model = request.model or self._models.default
+        # One that is too long is refused later on, and is not to fill the log before that.
+        call.request_id = request.request_id[:MAX_REQUEST_ID_CHARS]
+        visible = current_caller().visible(self._models)
+        name = request.model or visible.default
+        if name in self._models:
+            call.model = name
 
     def _claim(self, request: generation_pb2.GenerateRequest) -> str:
         if self.draining:
@@ -120,7 +124,6 @@ class GenerationService:
             raise RequestExists("request_id", f"{request_id[:200]!r} is that of a live request")
         self._live[tenant, request_id] = None
         self._idle.clear()
-        # One that is too long is refused later on, and is not to fill the log before that.
         current_call().request_id = request_id[:MAX_REQUEST_ID_CHARS]
         return request_id
 

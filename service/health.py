@@ -1,12 +1,19 @@
-"""grpc.health.v1 for the whole server, its services and each model: it follows the engines."""
+"""grpc.health.v1 for the whole server, its services and each model: it follows the engines.
+
+Our own servicer, as grpcio's writes to watchers under a lock: one that does not read would stop
+health for all.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 from grpc_health.v1 import health_pb2
-from grpc_health.v1.health import aio as health_aio
+
+from zllm.errors import UnknownModel
+from zllm.service.rpc import Context
 
 SERVICES = ("", "zllm.v1.GenerationService", "zllm.v1.ModelService")
 ALIVE = "grpc.health.v1.Health"
@@ -17,35 +24,48 @@ MODEL_PREFIX = "model/"
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+_UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
 
 
 class Health:
+    """The servicer. Watchers each look for themselves after a change, and miss what is over when
+    they come to it."""
+
     def __init__(self) -> None:
-        self.servicer = health_aio.HealthServicer()
-        self._told: set[str] = set()
+        self._status: dict[str, Any] = {}
         self._shut = False
-        self._changes: set[asyncio.Task[None]] = set()
+        self._changed = asyncio.Event()
 
     def set(self, serving: bool, models: Mapping[str, bool]) -> None:
-        """Soon, in this order: a watcher that does not read must not hold up the caller. A model
-        that was told of and is not here any more turns SERVICE_UNKNOWN."""
-        gone = self._told - models.keys()
-        self._told = set(models)
-        up = {ALIVE: True} | dict.fromkeys(SERVICES, serving)
-        up |= {MODEL_PREFIX + name: healthy for name, healthy in models.items()}
-        task = asyncio.create_task(self._tell(up, [MODEL_PREFIX + name for name in gone]))
-        self._changes.add(task)
-        task.add_done_callback(self._changes.discard)
+        """A model that is not among these is known no more."""
+        up = {ALIVE: True} | dict.fromkeys(SERVICES, serving and not self._shut)
+        up |= {MODEL_PREFIX + name: ok and not self._shut for name, ok in models.items()}
+        self._status = {name: _SERVING if ok else _NOT_SERVING for name, ok in up.items()}
+        self._changed.set()
+        self._changed = asyncio.Event()
 
-    async def shut_down(self) -> None:
+    def shut_down(self) -> None:
         """NOT_SERVING for good."""
         self._shut = True
-        told = [MODEL_PREFIX + name for name in self._told]
-        await self._tell(dict.fromkeys((*SERVICES, *told), False), [])
+        prefix = len(MODEL_PREFIX)
+        self.set(False, {n[prefix:]: False for n in self._status if n.startswith(MODEL_PREFIX)})
 
-    async def _tell(self, up: Mapping[str, bool], gone: Iterable[str]) -> None:
-        for service, healthy in up.items():
-            serving = healthy and (not self._shut or service == ALIVE)
-            await self.servicer.set(service, _SERVING if serving else _NOT_SERVING)
-        for service in gone:
-            await self.servicer.set(service, health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)
+    async def Check(
+        self, request: health_pb2.HealthCheckRequest, context: Context
+    ) -> health_pb2.HealthCheckResponse:
+        status = self._status.get(request.service)
+        if status is None:
+            known = "ask for none, model/NAME or a service's full name"
+            raise UnknownModel("service", f"{request.service[:200]!r} is not known: {known}")
+        return health_pb2.HealthCheckResponse(status=status)
+
+    async def Watch(self, request: health_pb2.HealthCheckRequest, context: Context) -> None:
+        told = None
+        while True:
+            changed = self._changed
+            status = self._status.get(request.service, _UNKNOWN)
+            if status != told:
+                await context.write(health_pb2.HealthCheckResponse(status=status))
+                told = status
+            else:
+                await changed.wait()

@@ -85,8 +85,8 @@ class Metrics:
             registry=self.registry,
         )  # fmt: skip
         # Asked from the exporter's thread, while the event loop may change what is served.
-        self.registry.register(EngineMetrics(lambda: list(models.by_name.values())))
-        self.registry.register(GpuMetrics(lambda: list(models.by_name.values())))
+        self.registry.register(EngineMetrics(lambda: models.served))
+        self.registry.register(GpuMetrics(lambda: models.served))
         ProcessCollector(registry=self.registry)
 
     def model_comes(self, name: str) -> None:

@@ -26,7 +26,7 @@ class ModelService:
         self, request: models_pb2.ListModelsRequest, context: Context
     ) -> models_pb2.ListModelsResponse:
         visible = current_caller().visible(self._models)
-        served = [model.to_message() for model in visible.by_name.values()]
+        served = [model.to_message() for model in visible.served]
         return models_pb2.ListModelsResponse(models=served)
 
     async def GetModel(

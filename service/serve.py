@@ -64,11 +64,11 @@ async def serve(
     names = [model.served_model_name for model in models]
     say(f"zllm {version}")
     if config.frontends > 1:
-        front = Frontends(config, version=version, awaits=names)
+        front = Frontends(config, version=version, names=names)
         return await _serve(config, front, models, template, version, say, command)
     # One frontend is in this process: no supervisor, no hop.
     async with observing(config, version) as observers:
-        server = Server(config, awaits=names, observers=observers)
+        server = Server(config, names=names, awaits=names, observers=observers)
         return await _serve(config, server, models, template, version, say, command)
 
 

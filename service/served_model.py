@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from zllm.errors import Unavailable, UnknownModel
 from zllm.runtime.chat_template import ChatTemplate
@@ -43,43 +44,51 @@ class ServedModel(RunningModel):
     chat_template: ChatTemplate | None
 
 
-@dataclass
 class Models:
-    """The served models by name; the first is the default. `loading` are those that will come."""
+    """The models that are served or will be, by name, in the order in which they were expected; the
+    first is the default."""
 
-    by_name: dict[str, ServedModel] = field(default_factory=dict)
-    loading: set[str] = field(default_factory=set)
+    def __init__(self, models: Mapping[str, ServedModel | None]) -> None:
+        self._models = dict(models)
 
-    def add(self, model: ServedModel) -> None:
-        self.by_name[model.name] = model
-        self.loading.discard(model.name)
-
-    def remove(self, name: str) -> ServedModel | None:
-        """Forgets the name; returns the model that it was, if it was loaded."""
-        self.loading.discard(name)
-        return self.by_name.pop(name, None)
+    @property
+    def served(self) -> list[ServedModel]:
+        return [model for model in self._models.values() if model is not None]
 
     @property
     def default(self) -> str:
-        """What an empty name means; empty where no model is served yet."""
-        return next(iter(self.by_name), "")
+        """What an empty name means; empty where there is no model."""
+        return next(iter(self._models), "")
 
-    def knows(self, name: str) -> bool:
-        """Whether a model of that name is served or loading."""
-        return name in self.by_name or name in self.loading
+    def __contains__(self, name: str) -> bool:
+        """Whether a model of that name is served or will be."""
+        return name in self._models
+
+    def get(self, name: str) -> ServedModel | None:
+        return self._models.get(name)
+
+    def expect(self, name: str) -> None:
+        self._models.setdefault(name, None)
+
+    def add(self, model: ServedModel) -> None:
+        self._models[model.name] = model
+
+    def remove(self, name: str) -> ServedModel | None:
+        """Forgets the name; returns the model that it was, if it was loaded."""
+        return self._models.pop(name, None)
 
     def only(self, names: frozenset[str]) -> Models:
         """Those of these names."""
-        served = {name: model for name, model in self.by_name.items() if name in names}
-        return Models(served, self.loading & names)
+        return Models({name: model for name, model in self._models.items() if name in names})
 
     def find(self, name: str, field: str = "model") -> ServedModel:
         """The model of that name, or the first where `name` is empty. Raises UnknownModel, and
         Unavailable while it is loading."""
-        model = self.by_name.get(name or self.default)
+        name = name or self.default
+        model = self.get(name)
         if model is not None:
             return model
-        if name in self.loading or (not name and self.loading):
+        if name in self:
             raise Unavailable("the model is still loading")
-        served = ", ".join(self.by_name) or "no model"
+        served = ", ".join(model.name for model in self.served) or "no model"
         raise UnknownModel(field, f"{name[:200]!r} is not served here; served: {served}")

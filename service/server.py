@@ -34,24 +34,26 @@ LOOK_S = 0.05
 class Server:
     """Listens from start() to stop(). The engines are the caller's.
 
-    Health is SERVING while any model's engine speaks, once all of `awaits` have been added.
-    `observers` hear of users' calls, as `metrics` does.
+    `names` are the models that will be expected, the default first. Health is SERVING while any
+    model's engine speaks, once all of `awaits` have been added. `observers` hear of users' calls,
+    as `metrics` does.
     """
 
     def __init__(
         self,
         config: ServerConfig,
         *,
+        names: Iterable[str] = (),
         awaits: Collection[str] = (),
         observers: Sequence[Observer] = (),
     ) -> None:
         self._config = config
-        self._models = Models(loading=set(awaits))
+        self._models = Models(dict.fromkeys(names))
         self._awaits = set(awaits)
         self._texts: dict[str, tuple[Tokenizer, ChatTemplate | None]] = {}
         self._health = Health()
         self.metrics = Metrics(self._models)
-        for name in awaits:
+        for name in names:
             self.metrics.model_comes(name)
         self._draining = False
         self._refuses_at = 0.0
@@ -68,7 +70,7 @@ class Server:
         services = [
             (generation_pb2.DESCRIPTOR.services_by_name["GenerationService"], self._generation),
             (models_pb2.DESCRIPTOR.services_by_name["ModelService"], ModelService(self._models)),
-            (health_pb2.DESCRIPTOR.services_by_name["Health"], self._health.servicer),
+            (health_pb2.DESCRIPTOR.services_by_name["Health"], self._health),
         ]
         self._listener = make_listener(
             config,
@@ -82,7 +84,7 @@ class Server:
     @property
     def models(self) -> Sequence[ServedModel]:
         """Those whose engine has been ready, in the order of their loading."""
-        return list(self._models.by_name.values())
+        return self._models.served
 
     @property
     def registry(self) -> CollectorRegistry:
@@ -103,16 +105,19 @@ class Server:
     async def expect(self, name: str, folder: Path) -> None:
         """Requests to this model are UNAVAILABLE until add(). Raises ConfigError where its folder
         has no tokenizer or a template that cannot be read."""
-        self._models.loading.add(name)
+        self._models.expect(name)
         self.metrics.model_comes(name)
         self._texts[name] = await asyncio.to_thread(
             lambda: (load_tokenizer(folder), load_chat_template(folder))
         )
 
     async def add(self, name: str, ready: EngineReady, engine: EngineClient) -> None:
-        """Serves this model, which was expected, or an engine in place of its last one."""
+        """Serves this model, or an engine in place of its last one; not one that is expected no
+        more."""
+        if name not in self._texts:
+            return
         tokenizer, chat_template = self._texts[name]
-        last = self._models.by_name.get(name)
+        last = self._models.get(name)
         self._models.add(
             ServedModel(
                 name=name,
@@ -165,7 +170,7 @@ class Server:
         if not self._draining:
             self._draining, self._refuses_at = True, now + self._config.drain_delay
         delay = max(self._refuses_at - now, 0.0) if grace > 0 else 0.0
-        await self._health.shut_down()
+        self._health.shut_down()
         hurried = asyncio.create_task((hurry or asyncio.Event()).wait())
         if delay:
             await asyncio.wait({hurried}, timeout=delay)
@@ -184,5 +189,5 @@ class Server:
         return remaining
 
     def _follow(self, _: bool = True) -> None:
-        models = {name: model.engine.healthy for name, model in self._models.by_name.items()}
+        models = {model.name: model.engine.healthy for model in self._models.served}
         self._health.set(not self._awaits and any(models.values()), models)

@@ -71,7 +71,7 @@ class Caller:
         if self.grant is not None and self.grant.models is not None:
             if name and name not in self.grant.models:
                 raise Forbidden(f"{field}: this API key does not allow {name[:200]!r}")
-            if models.by_name and not (visible.by_name or visible.loading):
+            if models.served and not visible.default:
                 raise Forbidden(f"{field}: this API key allows none of the models served")
         return visible.find(name, field)
 

@@ -79,7 +79,7 @@ async def running(
         client = EngineClient(thread.address, timeout=timeout)
         stack.push_async_callback(_end, thread, client)
         ready = await client.connect()
-        server = Server(config, awaits=["stub"], observers=observers)
+        server = Server(config, names=["stub"], awaits=["stub"], observers=observers)
         engines = Engines(config, server, say=lambda _: None)
         template = EngineConfig(model=EMBEDDED_MODEL)
         admin_server = AdminServer(config, AdminService(config, "test", server, engines, template))

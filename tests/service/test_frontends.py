@@ -7,7 +7,7 @@ import os
 import signal
 import tempfile
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,14 +90,17 @@ async def streaming(served: Served, model: str = "") -> AsyncIterator[list[Strea
 
 
 async def generate(target: str, model: str = "") -> str:
-    """An answer over a connection of its own."""
+    return (await answer_of(target, model)).outputs[0].text
+
+
+async def answer_of(target: str, model: str = "") -> generation_pb2.GenerateResponse:
+    """Over a connection of its own."""
     async with grpc.aio.insecure_channel(target, options=OWN_CONNECTION) as channel:
         request = generation_pb2.GenerateRequest(text="abc", model=model)
         request.stopping.max_tokens = 3
         stub = generation_pb2_grpc.GenerationServiceStub(channel)
         # A connection that the dying frontend had not accepted yet is reset, and made anew.
-        answer = await stub.Generate(request, timeout=20, wait_for_ready=True)
-        return answer.outputs[0].text
+        return await stub.Generate(request, timeout=20, wait_for_ready=True)
 
 
 async def until_frontends(count: int, without: psutil.Process | None = None) -> None:
@@ -175,6 +178,35 @@ async def test_the_port_answers_while_a_frontend_is_replaced() -> None:
         for _ in range(20):
             assert await generate(served.target) == "abc"
         await until_frontends(3, without=doomed)
+
+
+async def test_a_frontend_that_would_be_replaced_in_a_drain_is_not() -> None:
+    async with serving(frontends=2, restart_backoff=0.5) as served, admin_of(served) as admin:
+        doomed, other = frontends()
+        doomed.kill()
+        assert is_gone(doomed)
+        await asyncio.sleep(0.2)
+        await admin.Drain(admin_pb2.DrainRequest())
+        await asyncio.sleep(2)
+        assert frontends() == [other]
+
+
+async def test_an_empty_model_is_the_first_for_a_frontend_that_began_without_its_engine() -> None:
+    async with serving(frontends=2, names=["one", "two"], restart_backoff=1.0) as served:
+        doomed = frontends()[0]
+        engines()[0].kill()
+        doomed.kill()
+        await until_frontends(2, without=doomed)
+        async with asyncio.timeout(20):
+            while len(engines()) < 2:
+                await asyncio.sleep(0.02)
+        await served.until_health(True, service="model/one")
+        answered: list[str] = []
+        async with asyncio.timeout(20):
+            while len(answered) < 30:
+                with suppress(grpc.aio.AioRpcError):
+                    answered.append((await answer_of(served.target)).model)
+        assert set(answered) == {"one"}
 
 
 async def test_a_lost_engine_is_lost_and_replaced_for_all_frontends() -> None:
@@ -299,6 +331,6 @@ async def test_a_frontend_that_cannot_be_spawned_is_an_error_that_its_keeper_kno
     monkeypatch.setattr("zllm.service.frontend_handle.FRONTEND_COMMAND", ("/no/such/program",))
     handle = FrontendHandle()
     with pytest.raises(ConfigError, match="cannot be started"):
-        await handle.start(Begin(ServerConfig(), "", 0, []), counts="")
+        await handle.start(Begin(ServerConfig(), "", 0, [], []), counts="")
     assert await handle.until_lost(1.0) == "it never began"
     await handle.stop()

@@ -114,7 +114,7 @@ async def test_a_taken_port_is_a_config_error_that_says_what_to_do() -> None:
 
 
 async def test_while_the_model_loads_the_server_is_there_but_unavailable() -> None:
-    server = Server(ServerConfig(port=0, admin_port=0), awaits=["tiny"])
+    server = Server(ServerConfig(port=0, admin_port=0), names=["tiny"], awaits=["tiny"])
     await server.start()
     target = f"127.0.0.1:{server.port}"
     async with AsyncClient(target, attempts=1) as client, grpc.aio.insecure_channel(target) as raw:
