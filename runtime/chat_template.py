@@ -157,15 +157,7 @@ def load_chat_template(folder: Path) -> ChatTemplate | None:
     ones, of which `default` and `tool_use` count.
     """
     config = _read_config(folder / "tokenizer_config.json")
-    sources = config.get("chat_template")
-    if isinstance(sources, list):
-        sources = {entry["name"]: entry["template"] for entry in sources}
-    elif isinstance(sources, str):
-        sources = {"default": sources}
-    sources = sources or {}
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        sources = {"default": file.read_text(encoding="utf-8")}
+    sources = _sources(folder, config.get("chat_template"))
     if "default" not in sources:
         return None
     tokens = {}
@@ -179,12 +171,36 @@ def load_chat_template(folder: Path) -> ChatTemplate | None:
     )
 
 
+def _sources(folder: Path, configured: Any) -> dict[str, str]:
+    """Templates by name."""
+    file = folder / "chat_template.jinja"
+    try:
+        if file.is_file():
+            return {"default": file.read_text(encoding="utf-8")}
+    except (OSError, ValueError) as error:
+        raise ModelLoadError(f"{file} cannot be read: {error}") from None
+    sources = {"default": configured} if isinstance(configured, str) else {}
+    try:
+        if isinstance(configured, list):
+            sources = {entry["name"]: entry["template"] for entry in configured}
+        elif configured and not sources:
+            raise TypeError(configured)
+        if not all(isinstance(source, str) for source in sources.values()):
+            raise TypeError(configured)
+    except (KeyError, TypeError):
+        raise ModelLoadError(
+            f"{folder / 'tokenizer_config.json'}: chat_template must be a text, or a list of texts "
+            "with a name and a template each"
+        ) from None
+    return sources
+
+
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelLoadError(f"{path} cannot be read: {error}") from None
     if not isinstance(config, dict):
         raise ModelLoadError(f"{path} holds no JSON object")

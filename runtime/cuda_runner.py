@@ -208,14 +208,15 @@ class CudaRunner:
         edits = bool(plan.features & EDITS)
         # The head's graph gives nothing but tokens.
         plain = plan.num_sampled > 0 and not edits and plan.max_logprobs < 0
-        size = bucket_of(plan.num_sampled, self._buckets.decode) if plain else None
-        if self._graphs is not None and size is not None and all_sample and size <= SHORT_STEP:
-            self._graphs.replay("step", size)
+        graphs = self._graphs if plain else None
+        size = bucket_of(plan.num_sampled, self._buckets.decode) if graphs is not None else None
+        if graphs is not None and size is not None and all_sample and size <= SHORT_STEP:
+            graphs.replay("step", size)
             return None
         # A head's graph reads as many samples as its size: the body must have written so many.
         self._run_body(max(plan.num_tokens, size or 0), decode_only=decode_only)
-        if self._graphs is not None and size is not None:
-            self._graphs.replay("head", size)
+        if graphs is not None and size is not None:
+            graphs.replay("head", size)
             return None
         if not plan.num_sampled:
             return None

@@ -185,7 +185,7 @@ def _read_line() -> bytes:
 def main(address: str) -> int:
     # Ctrl-C reaches the whole terminal group, and a service manager's SIGTERM every process: the
     # service decides when the engine ends.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     config = msgspec.json.decode(_read_line(), type=EngineConfig, dec_hook=lambda t, v: t(v))
     _die_with_parent()

@@ -79,7 +79,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         raise ModelLoadError(
             f"{folder} has no tokenizer.json: save the model with transformers' save_pretrained"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelLoadError(f"{path} cannot be read: {error}") from None
     try:
         try:

@@ -14,6 +14,7 @@ from google.protobuf.duration_pb2 import Duration
 from zllm.errors import InvalidRequest, Unavailable
 from zllm.runtime.config import EngineConfig
 from zllm.service.config import ServerConfig
+from zllm.service.daemon_thread import in_daemon_thread
 from zllm.service.engines import Engines
 from zllm.service.model_folders import MODEL_NAME, find_folder
 from zllm.service.rpc import Context
@@ -127,7 +128,9 @@ class AdminService:
         config = replace(
             self._template,
             served_model_name=request.name,
-            model=find_folder(request.path, self._server.model_root),
+            model=await in_daemon_thread(
+                lambda: find_folder(request.path, self._server.model_root)
+            ),
             memory_share=share,
             num_kv_blocks=blocks,
         )

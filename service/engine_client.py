@@ -132,6 +132,10 @@ class EngineClient:
         """The engine is silent: its requests fail, and new ones are refused until it speaks."""
         self._lost = why
         self._set_healthy(False)
+        # Nothing runs there any more, and nothing could.
+        self.load = msgspec.structs.replace(
+            self.load, running_requests=0, queued_requests=0, queued_tokens=0, kv_blocks_free=0
+        )
         if self._streams:
             self._send(AbortRequests(list(self._streams)))
         for stream in self._streams.values():
@@ -183,7 +187,7 @@ class EngineClient:
 
     async def close(self) -> None:
         """Stops listening, for good. What came while the engine was leaving fails."""
-        self.bury("the engine was shut down")
+        self.bury(self._lost or "the engine was shut down")
         if self._watcher is not None:
             with suppress(asyncio.CancelledError):
                 await self._watcher
@@ -258,6 +262,7 @@ class EngineClient:
     def _set_healthy(self, healthy: bool) -> None:
         if healthy != self._healthy:
             self._healthy = healthy
+            self._lost = None if healthy else self._lost
             if self.on_health is not None:
                 self.on_health(healthy)
 

@@ -171,7 +171,7 @@ async def _answer(frontend: Frontend, channel: Channel, call: Call) -> None:
 def main() -> int:
     # Ctrl-C reaches the whole terminal group, and a service manager's SIGTERM every process: the
     # supervisor decides when a frontend ends.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     # What is counted of a model that has gone stays until the server ends, and is no cause to warn.
     warnings.filterwarnings("ignore", "Removal of labels")

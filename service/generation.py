@@ -19,7 +19,7 @@ from zllm.service.prompts import prompt_ids
 from zllm.service.rpc import Context, writes_bytes
 from zllm.service.served_model import Models
 from zllm.service.streams import Stream
-from zllm.service.tenants import current_caller
+from zllm.service.tenants import Caller, current_caller
 from zllm.service.validation import MAX_REQUEST_ID_CHARS, check_options, fit_prompt
 from zllm.v1 import generation_pb2
 
@@ -82,7 +82,7 @@ class GenerationService:
                     delta = await run.stream.take_whole()
                 finally:
                     run.model.engine.release(run.engine_id)
-                    caller.charge(run.stream.produced_tokens)
+                    _settle(run, caller)
             finally:
                 self._unclaim(request_id)
         return whole_answer(run, delta)
@@ -101,7 +101,7 @@ class GenerationService:
                 finally:
                     # Cancelled, vanished, expired or done: what still runs is aborted.
                     run.model.engine.release(run.engine_id)
-                    caller.charge(run.stream.produced_tokens)
+                    _settle(run, caller)
             finally:
                 self._unclaim(request_id)
 
@@ -199,6 +199,14 @@ class GenerationService:
         )
         self._live[caller.tenant, request_id] = run
         return run
+
+
+def _settle(run: Run, caller: Caller) -> None:
+    """The prompt was charged when the request was sent to the engine."""
+    if run.stream.refused:
+        caller.refund(len(run.prompt))
+    else:
+        caller.charge(run.stream.produced_tokens)
 
 
 async def _commit(context: Context) -> None:

@@ -1,7 +1,7 @@
-"""The server's log on stderr, for people or as JSON, one line an event.
+"""The server's log on stderr, for people or as JSON, one line an event, and its words on stdout.
 
-A thread writes it: neither a reader that stalls nor a full disk holds up the event loop. Lines that
-could not be written are dropped, counted, and told of once writing works again.
+A thread writes each: neither a reader that stalls nor a full disk holds up the event loop. Lines
+that could not be written are dropped, counted, and told of once writing works again.
 """
 
 from __future__ import annotations
@@ -55,6 +55,20 @@ class Logs:
 
     def __exit__(self, *_: object) -> None:
         self._before()
+        self._writer.stop()
+
+
+class Words:
+    """What the server says on stdout, from entry to exit, likewise in a thread's own time."""
+
+    def __init__(self, descriptor: int = 1) -> None:
+        self._writer = _Writer(descriptor, logging.Formatter("%(message)s"))
+
+    def __enter__(self) -> Callable[[str], None]:
+        self._writer.start()
+        return lambda line: self._writer.emit(logging.makeLogRecord({"msg": line}))
+
+    def __exit__(self, *_: object) -> None:
         self._writer.stop()
 
 

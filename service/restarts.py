@@ -16,6 +16,8 @@ from zllm.service.supervisor import ENGINE_COMMAND, EngineProcess
 log = logging.getLogger(__name__)
 
 MAX_BACKOFF_S = 60.0
+OTHER_LOAD_S = 30.0
+"""How long a restart waits for another model's load, which should find as free what it may take."""
 STEADY_S = 60.0
 """An engine that served for so long has recovered: its failures are counted anew."""
 
@@ -57,15 +59,30 @@ class KeptEngine:
     async def start(self) -> EngineReady:
         """Returns when the engine serves. Raises ConfigError with what it said."""
         async with self._loading:
-            self._process = process = EngineProcess(
-                self._config,
-                timeout=self._server.engine_timeout,
-                keep_socket=self._server.frontends > 1,
-                command=self._command,
-            )
-            self.ready = ready = await process.start(self._server.load_timeout)
+            return await self._start()
+
+    async def _start(self) -> EngineReady:
+        self._process = process = EngineProcess(
+            self._config,
+            timeout=self._server.engine_timeout,
+            keep_socket=self._server.frontends > 1,
+            command=self._command,
+        )
+        self.ready = ready = await process.start(self._server.load_timeout)
         await self._add(ready, process.client)
         return ready
+
+    async def _restart(self) -> None:
+        try:
+            async with asyncio.timeout(OTHER_LOAD_S):
+                await self._loading.acquire()
+        except TimeoutError:
+            await self._start()  # a load that hangs is not to keep a model away that served
+            return
+        try:
+            await self._start()
+        finally:
+            self._loading.release()
 
     async def keep(self) -> str:
         """Restarts the engine whenever it is lost; returns how it went the last time, after more
@@ -82,7 +99,7 @@ class KeptEngine:
             log.error("%s; restart %d in %.1f s", why, failures, pause)
             await asyncio.sleep(pause)
             try:
-                await self.start()
+                await self._restart()
                 began = loop.time()
                 why = await self._until_lost()
             except ConfigError as error:

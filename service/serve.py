@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import signal
-import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 
 from zllm.runtime.config import EngineConfig
 from zllm.service.admin import AdminService
@@ -19,7 +16,7 @@ from zllm.service.event_loop import run_on_loop, spare_garbage_collection
 from zllm.service.exporter import Exporter
 from zllm.service.frontends import Frontends
 from zllm.service.listener import join_address
-from zllm.service.logs import Logs
+from zllm.service.logs import Logs, Words
 from zllm.service.observers import observing
 from zllm.service.server import Server
 from zllm.service.stats_log import StatsLog
@@ -39,16 +36,12 @@ def run(
     version: str,
     command: Sequence[str] = ENGINE_COMMAND,
 ) -> int:
-    """Serves until SIGTERM or SIGINT. Returns the exit code; raises ConfigError at start-up."""
-    with Logs(server):
-        return run_on_loop(serve(server, models, template, version=version, command=command))
-
-
-def _say(line: str) -> None:
-    """To stdout past its buffer: neither a full disk nor a reader that left ends the server, now or
-    when a buffer would be flushed at its exit."""
-    with suppress(OSError):
-        os.write(sys.stdout.fileno(), f"{line}\n".encode())
+    """Serves until SIGTERM, SIGINT or SIGHUP. Returns the exit code; raises ConfigError where it
+    cannot start."""
+    with Logs(server), Words() as say:
+        return run_on_loop(
+            serve(server, models, template, version=version, say=say, command=command)
+        )
 
 
 async def serve(
@@ -57,7 +50,7 @@ async def serve(
     template: EngineConfig,
     *,
     version: str,
-    say: Callable[[str], None] = _say,
+    say: Callable[[str], None],
     command: Sequence[str] = ENGINE_COMMAND,
 ) -> int:
     """`template` is what engines that are loaded later are told, apart from their model."""
@@ -83,7 +76,9 @@ async def _serve(
 ) -> int:
     stop, hurry = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    # A closed terminal's, too, unless whoever started it said to ignore that, as nohup does.
+    hangup = (signal.SIGHUP,) if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN else ()
+    for number in (signal.SIGTERM, signal.SIGINT, *hangup):
         loop.add_signal_handler(number, lambda: (hurry if stop.is_set() else stop).set())
     engines = Engines(config, server, say=say, command=command)
     admin = AdminServer(config, AdminService(config, version, server, engines, template))

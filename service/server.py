@@ -11,12 +11,14 @@ import grpc
 from grpc_health.v1 import health_pb2
 from prometheus_client import CollectorRegistry
 
+from zllm.errors import ConfigError
 from zllm.runtime.chat_template import ChatTemplate, load_chat_template
 from zllm.runtime.messages import EngineReady, FinishReason
 from zllm.runtime.tokenizer import Tokenizer, load_tokenizer
 from zllm.service.auth import ApiKeys
 from zllm.service.calls import Observer
 from zllm.service.config import ServerConfig
+from zllm.service.daemon_thread import in_daemon_thread
 from zllm.service.engine_client import EngineClient
 from zllm.service.generation import GenerationService
 from zllm.service.health import Health
@@ -104,12 +106,20 @@ class Server:
 
     async def expect(self, name: str, folder: Path) -> None:
         """Requests to this model are UNAVAILABLE until add(). Raises ConfigError where its folder
-        has no tokenizer or a template that cannot be read."""
+        has no tokenizer, or a template that cannot be read, or cannot be read in time."""
         self._models.expect(name)
         self.metrics.model_comes(name)
-        self._texts[name] = await asyncio.to_thread(
-            lambda: (load_tokenizer(folder), load_chat_template(folder))
-        )
+        limit = self._config.load_timeout
+        try:
+            async with asyncio.timeout(limit):
+                self._texts[name] = await in_daemon_thread(
+                    lambda: (load_tokenizer(folder), load_chat_template(folder))
+                )
+        except TimeoutError:
+            raise ConfigError(
+                f"{folder} could not be read within {limit:g} s: see whether its disk or server "
+                "answers, or raise --load-timeout"
+            ) from None
 
     async def add(self, name: str, ready: EngineReady, engine: EngineClient) -> None:
         """Serves this model, or an engine in place of its last one; not one that is expected no

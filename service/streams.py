@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from zllm.errors import EngineError, Overloaded, ZllmError
+from zllm.errors import EngineError, Overloaded, Unavailable, ZllmError
 from zllm.native.pending import Delta, Pending
 from zllm.runtime.detokenizer import Detokenizer
 from zllm.runtime.messages import FinishReason, RequestStarted, TokenLogprobs
@@ -73,6 +73,11 @@ class Stream(Pending):
     def produced_tokens(self) -> int:
         """What the engine gave, whether or not anyone took it."""
         return self.completion_tokens + self.num_pending
+
+    @property
+    def refused(self) -> bool:
+        """It was not let in, or its engine was lost before it began."""
+        return not self.started and isinstance(self._error, (Overloaded, Unavailable))
 
     def start(self, started: RequestStarted) -> None:
         self.cached_tokens = started.cached_tokens

@@ -23,6 +23,8 @@ from zllm.runtime.messages import EngineReady
 from zllm.service.engine_client import EngineClient
 
 ENGINE_COMMAND = (sys.executable, "-m", "zllm.runtime.engine_process")
+MAX_SOCKET_PATH = 103
+"""Bytes, where systems take the fewest: unix(7) has 107 on Linux."""
 STOP_S = 5.0
 """How long the engine gets to end after Shutdown."""
 
@@ -49,6 +51,12 @@ class EngineProcess:
                 f"{error.strerror}; make room there, or name another one in TMPDIR"
             ) from None
         address = str(self._directory / "engine.sock")
+        if len(os.fsencode(address)) > MAX_SOCKET_PATH:
+            self._directory.rmdir()
+            raise ConfigError(
+                f"{address} is too long for a socket's name ({MAX_SOCKET_PATH} bytes): name a "
+                "shorter folder in TMPDIR"
+            )
         self._address = address
         self._timeout = timeout
         self._keep_socket = keep_socket

@@ -100,6 +100,12 @@ class Caller:
             self._pay(self.grant.tokens_per_minute)
             self.usage.debt += tokens
 
+    def refund(self, tokens: int) -> None:
+        """Takes back what a request was charged that was refused."""
+        if self.grant is not None and self.grant.tokens_per_minute is not None:
+            self._pay(self.grant.tokens_per_minute)
+            self.usage.debt = max(self.usage.debt - tokens, 0.0)
+
     def _check_tokens(self, per_minute: int) -> None:
         self._pay(per_minute)
         over = self.usage.debt - per_minute

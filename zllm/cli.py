@@ -23,6 +23,7 @@ DEFAULT_TARGET = "127.0.0.1:50051"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0; 1 for a failure that says why; 2 for wrong usage."""
+    _open_standard_files()
     # gRPC's fork handlers only warn: what we start as a child execs at once.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     for stream in (sys.stdout, sys.stderr):
@@ -36,6 +37,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except (KeyboardInterrupt, BrokenPipeError):
         return 130
+    except OSError as error:  # what is printed cannot be written
+        print(f"zllm: {error}", file=sys.stderr)
+        return 1
+
+
+def _open_standard_files() -> None:
+    """What was closed by whoever started it would be the number of the next file that opens."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -180,8 +191,9 @@ def _access(arguments: argparse.Namespace) -> dict[str, Any]:
     if file is not None:
         try:
             key = file.read_text().strip()
-        except OSError as error:
-            raise ConfigError(f"--api-key-file {file}: {error.strerror}") from None
+        except (OSError, UnicodeDecodeError) as error:
+            why = getattr(error, "strerror", None) or "it is not text"
+            raise ConfigError(f"--api-key-file {file}: {why}") from None
     return {"api_key": key, "tls": _tls(arguments)}
 
 

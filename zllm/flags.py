@@ -229,7 +229,7 @@ def _read_file(file: Path) -> dict[Any, Any]:
         content = yaml.safe_load(file.read_text())
     except OSError as error:
         raise ConfigError(f"--config {file}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except Exception as error:  # the parser raises what a tag's or a date's reader does, too
         raise ConfigError(f"--config {file}: it is not YAML: {error}") from None
     if content is None:
         return {}

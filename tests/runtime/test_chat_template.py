@@ -236,7 +236,21 @@ def test_a_jinja_file_goes_before_the_config(tmp_path: Path) -> None:
     assert rendered(tmp_path) == "<s>file"
 
 
-def test_a_corrupt_config_is_named(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer_config.json").write_text("{")
+@pytest.mark.parametrize("wrong", [5, {"name": "x"}, [{"name": "default"}], ["text"], [{}]])
+def test_what_is_no_template_is_told(tmp_path: Path, wrong: object) -> None:
+    write_config(tmp_path, chat_template=wrong)
+    with pytest.raises(ModelLoadError, match="chat_template must be a text"):
+        load_chat_template(tmp_path)
+
+
+def test_a_template_that_is_no_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(ModelLoadError, match=r"chat_template\.jinja cannot be read"):
+        load_chat_template(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[" * 100_000])
+def test_a_corrupt_config_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(text)
     with pytest.raises(ModelLoadError, match=r"tokenizer_config\.json cannot be read"):
         load_chat_template(tmp_path)

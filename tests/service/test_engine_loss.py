@@ -63,6 +63,8 @@ async def test_a_hung_engine_fails_its_requests_and_comes_back() -> None:
         with pytest.raises(Unavailable):
             await server.client.generate("abc", timeout=20)
         assert await health(server) == NOT_SERVING
+        load = await server.load()
+        assert load.running_requests == load.queued_requests == load.kv_blocks_free == 0
         with pytest.raises(Unavailable):
             await server.client.generate("abc", timeout=20)
         engine.frozen.clear()

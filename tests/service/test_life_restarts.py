@@ -97,6 +97,7 @@ async def test_requests_of_the_restart_are_told_when_to_retry() -> None:
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await stub.Generate(generation_pb2.GenerateRequest(text="abc"))
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert "signal 9" in caught.value.details()
         trailers = dict(caught.value.trailing_metadata())
         status = status_pb2.Status.FromString(trailers["grpc-status-details-bin"])
         retry = error_details_pb2.RetryInfo()
@@ -116,10 +117,11 @@ async def test_an_engine_that_never_comes_back_ends_the_server_with_its_own_code
             assert await served.task == ENGINE_LOST == 3
 
 
-async def test_sigterm_in_the_midst_of_a_restart_ends_it() -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+async def test_a_signal_in_the_midst_of_a_restart_ends_it(number: signal.Signals) -> None:
     async with serving(restart_backoff=30.0) as served:
         served.engine().kill()
         await served.until_health(False)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         async with asyncio.timeout(5):
             assert await served.task == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -23,7 +24,7 @@ from zllm.clients.client import Client
 from zllm.errors import ConfigError, InvalidRequest, Unavailable, UnknownModel
 from zllm.runtime.config import EngineConfig
 from zllm.runtime.embedded import EMBEDDED_MODEL
-from zllm.service import generation
+from zllm.service import generation, restarts
 from zllm.service.engine_client import EngineClient
 from zllm.service.model_folders import find_folder
 from zllm.service.supervisor import EngineProcess
@@ -164,6 +165,42 @@ async def test_a_model_that_never_ends_to_load_is_ended() -> None:
     with pytest.raises(ConfigError, match="--load-timeout"):
         await engine.start(load_timeout=0.5)
     assert not engines()
+
+
+async def test_a_load_that_hangs_keeps_no_other_model_away(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(restarts, "OTHER_LOAD_S", 0.2)
+    async with serving(STUCK_COMMAND) as served, administering(served) as (admin, _):
+        (first,) = engines()
+        loading = asyncio.ensure_future(admin.LoadModel(load_request("stuck")))
+        await until_engines(2)
+        first.kill()
+        await served.until_health(False, service="model/stub")
+        await served.until_health(True, service="model/stub")
+        await answers(served.target, "stub")
+        loading.cancel()
+        await until_engines(1)
+
+
+async def test_a_folder_that_cannot_be_read_in_time_is_given_up(tmp_path: Path) -> None:
+    folder = copy_model(tmp_path)
+    (folder / "tokenizer.json").unlink()
+    os.mkfifo(folder / "tokenizer.json")  # like a file server that does not answer
+    async with serving(load_timeout=1.0) as served, administering(served) as (admin, _):
+        code, words = await refusal(
+            admin.LoadModel(admin_pb2.LoadModelRequest(name="hangs", path=str(folder)))
+        )
+        assert code is grpc.StatusCode.FAILED_PRECONDITION
+        assert "--load-timeout" in words
+        await answers(served.target)
+
+
+async def test_a_model_that_has_been_unloaded_is_not_added_by_its_engines_restart() -> None:
+    async with running() as server:
+        await server.server.remove("stub")
+        await server.server.add("stub", server.engine.ready(), server.engine_client)
+        assert not server.server.models
 
 
 async def test_a_caller_that_leaves_ends_the_loading() -> None:

@@ -19,7 +19,7 @@ import pytest
 from tests.service.test_processes import SERVE, ask
 from zllm.clients.client import Client
 from zllm.service.config import ServerConfig
-from zllm.service.logs import MAX_WAITING, Logs
+from zllm.service.logs import MAX_WAITING, Logs, Words
 
 log = logging.getLogger("zllm.tests")
 FULL = "/dev/full"
@@ -170,6 +170,18 @@ def test_a_reader_that_stalls_holds_nobody_up_and_is_told_what_it_missed() -> No
     # Once, or a second time where the writer's thread began when lines had been lost already.
     told = [int(e.split()[0]) for e in events if e.endswith("log lines were lost")]
     assert sum(told) == count - kept
+
+
+def test_words_that_nobody_reads_hold_nobody_up() -> None:
+    reading, writing = os.pipe()
+    began = time.monotonic()
+    with Words(writing) as say:
+        for _ in range(2000):
+            say("x" * 100)
+    assert time.monotonic() - began < 10
+    assert os.read(reading, 101) == b"x" * 100 + b"\n"
+    os.close(reading)
+    os.close(writing)
 
 
 def read_until(descriptor: int, last: bytes, say_last: Callable[[], None]) -> list[bytes]:

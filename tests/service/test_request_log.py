@@ -13,7 +13,14 @@ from tests.service.harness import Harness, running
 from tests.service.stub_engine import StubEngine
 from zllm.clients.aio import AsyncClient
 from zllm.clients.request import build_request
-from zllm.errors import EngineError, InvalidRequest, RequestExists, Unauthenticated, UnknownModel
+from zllm.errors import (
+    EngineError,
+    InvalidRequest,
+    Overloaded,
+    RequestExists,
+    Unauthenticated,
+    UnknownModel,
+)
 from zllm.runtime.embedded import EMBEDDED_MODEL
 from zllm.runtime.tokenizer import load_tokenizer
 from zllm.service.config import ServerConfig
@@ -56,6 +63,26 @@ class Lines:
 
 def speaking() -> StubEngine:
     return StubEngine(script=SCRIPT)
+
+
+async def test_who_is_refused_first_is_logged_with_id_and_the_model_that_the_key_allows(
+    tmp_path: Path, lines: Lines
+) -> None:
+    (tmp_path / "keys.yaml").write_text(
+        "keys: [{key: small-small-small, tenant: t, models: [stub], tokens_per_minute: 1}]"
+    )
+    config = ServerConfig(port=0, admin_port=0, api_keys=str(tmp_path / "keys.yaml"))
+    log = RequestLog(prompts=False)
+    async with (
+        running(config=config, observers=[log]) as server,
+        AsyncClient(server.target, attempts=1, api_key="small-small-small") as client,
+    ):
+        await client.generate("abc", max_tokens=3)
+        with pytest.raises(Overloaded):
+            await client.generate("abc", request_id="mine")
+        line = await lines.next(2)
+    assert (line["request_id"], line["cause"]) == ("mine", "tenant_tokens")
+    assert line["model"] == "stub"
 
 
 async def test_an_id_that_is_refused_for_its_length_does_not_fill_the_log(lines: Lines) -> None:

@@ -187,6 +187,17 @@ async def test_tokens_that_nobody_took_are_charged(tmp_path: Path) -> None:
             await client.generate("abc")
 
 
+async def test_what_is_refused_is_not_charged(tmp_path: Path) -> None:
+    config = write(tmp_path, acme(tokens_per_minute=100))
+    engine = StubEngine(max_queued=0)
+    async with running(engine, config=config) as server, caller(server, ACME) as client:
+        for _ in range(5):
+            with pytest.raises(Overloaded, match="queue is full"):
+                await client.generate([1] * 60)
+        engine.max_queued = 1
+        await client.generate([1] * 60, max_tokens=1)
+
+
 def test_tokens_come_back_with_time() -> None:
     now = [100.0]
     one = Caller(Grant(tenant="a", tokens_per_minute=60), clock=lambda: now[0])

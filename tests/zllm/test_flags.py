@@ -100,6 +100,9 @@ def test_a_bad_value_of_the_environment_is_named(env: dict[str, str], named: str
         ("mode: fast", "mode"),
         ("- a\n- b", "setting: value"),
         ("a: [", "not YAML"),
+        ("mode: 2021-13-45", "not YAML"),
+        ("share: !!bool x", "not YAML"),
+        ("[" * 3000, "not YAML"),
         ("share: [1]", "share"),
     ],
 )

@@ -74,6 +74,8 @@ def test_the_model_too_comes_from_environment_or_file(
         (["serve", "--gpu-memory-utilization", "1.5"], "gpu_memory_utilization"),
         (["serve", "--port", "99999"], "port"),
         (["serve", "--config", "/no/such/file"], "/no/such/file"),
+        (["serve", "--max-message-bytes", "3000000000"], "max_message_bytes"),
+        (["serve", "--max-connections", "3000000000"], "1..2147483647"),
     ],
 )
 def test_wrong_settings_end_with_one_and_say_which(
