@@ -262,7 +262,8 @@ class EngineClient:
     def _set_healthy(self, healthy: bool) -> None:
         if healthy != self._healthy:
             self._healthy = healthy
-            self._lost = None if healthy else self._lost
+            if healthy:
+                self._lost = None
             if self.on_health is not None:
                 self.on_health(healthy)
 

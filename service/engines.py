@@ -41,8 +41,22 @@ class _Model:
     def last_words(self) -> str | None:
         """How it went, once it has been given up."""
         keeping = self.keeping
-        given_up = keeping is not None and keeping.done() and not keeping.cancelled()
-        return keeping.result() if keeping is not None and given_up else None
+        if keeping is None or not keeping.done() or keeping.cancelled():
+            return None
+        return keeping.result()
+
+    @property
+    def effective(self) -> EngineConfig:
+        """With what the engine made of it, once it has loaded."""
+        ready = self.engine.ready
+        if ready is None:
+            return self.config
+        return replace(
+            self.config,
+            max_model_len=ready.max_model_len,
+            max_num_batched_tokens=ready.max_num_batched_tokens,
+            num_kv_blocks=ready.num_kv_blocks,
+        )
 
     @property
     def state(self) -> str:
@@ -78,17 +92,7 @@ class Engines:
     @property
     def effective(self) -> list[EngineConfig]:
         """With what each engine that has loaded made of them."""
-        return [
-            replace(
-                model.config,
-                max_model_len=ready.max_model_len,
-                max_num_batched_tokens=ready.max_num_batched_tokens,
-                num_kv_blocks=ready.num_kv_blocks,
-            )
-            if (ready := model.engine.ready)
-            else model.config
-            for model in self._models.values()
-        ]
+        return [model.effective for model in self._models.values()]
 
     @property
     def healthy(self) -> bool:

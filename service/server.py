@@ -45,7 +45,7 @@ class Server:
         self,
         config: ServerConfig,
         *,
-        names: Iterable[str] = (),
+        names: Collection[str] = (),
         awaits: Collection[str] = (),
         observers: Sequence[Observer] = (),
     ) -> None:
