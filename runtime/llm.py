@@ -90,36 +90,7 @@ class LLM:
         Raises InvalidRequest, and Overloaded where the options bound the queue, also once others of
         the prompts run: then they are given up.
         """
-        many = _as_prompts(prompts)
-        if sampling_params is None or isinstance(sampling_params, SamplingParams):
-            params = [sampling_params or SamplingParams()] * len(many)
-        else:
-            params = list(sampling_params)
-        if len(params) != len(many):
-            raise InvalidRequest(
-                "sampling", f"{len(params)} for {len(many)} prompts: give one, or one for each"
-            )
-        outputs: list[RequestOutput] = []
-        room = self.engine.runner.max_num_batched_tokens
-        try:
-            for prompt, each in zip(many, params, strict=True):
-                tokens = self._token_ids(prompt, each)
-                live, request = self._request(prompt, tokens, each)
-                outputs.append(live.output)
-                self._live[request.request_id] = live
-                self.engine.add(request)
-                room -= len(tokens)
-                if -len(tokens) < room <= 0:
-                    self._step()  # the first step is full: it runs while the rest is read
-            while self._live:
-                self._step()
-        finally:
-            if self._live:  # interrupted or refused: nothing may go on behind the caller's back
-                self.engine.abort(list(self._live))
-                self._live.clear()
-            while self.engine.has_work():
-                self.engine.step()
-        return outputs
+        return self._generate(prompts, sampling_params, add_special_tokens=True)
 
     def chat(
         self,
@@ -137,11 +108,50 @@ class LLM:
             self.chat_template.render(one, tools=tools, variables=chat_template_kwargs)
             for one in conversations
         ]
-        return self.generate(prompts, sampling_params)
+        # The template writes the special tokens itself.
+        return self._generate(prompts, sampling_params, add_special_tokens=False)
 
     def close(self) -> None:
         """Release the device's memory."""
         self.engine.close()
+
+    def _generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        *,
+        add_special_tokens: bool,
+    ) -> list[RequestOutput]:
+        many = _as_prompts(prompts)
+        if sampling_params is None or isinstance(sampling_params, SamplingParams):
+            params = [sampling_params or SamplingParams()] * len(many)
+        else:
+            params = list(sampling_params)
+        if len(params) != len(many):
+            raise InvalidRequest(
+                "sampling", f"{len(params)} for {len(many)} prompts: give one, or one for each"
+            )
+        outputs: list[RequestOutput] = []
+        room = self.engine.runner.max_num_batched_tokens
+        try:
+            for prompt, each in zip(many, params, strict=True):
+                tokens = self._token_ids(prompt, each, add_special_tokens)
+                live, request = self._request(prompt, tokens, each)
+                outputs.append(live.output)
+                self._live[request.request_id] = live
+                self.engine.add(request)
+                room -= len(tokens)
+                if -len(tokens) < room <= 0:
+                    self._step()  # the first step is full: it runs while the rest is read
+            while self._live:
+                self._step()
+        finally:
+            if self._live:  # interrupted or refused: nothing may go on behind the caller's back
+                self.engine.abort(list(self._live))
+                self._live.clear()
+            while self.engine.has_work():
+                self.engine.step()
+        return outputs
 
     def _step(self) -> None:
         step = self.engine.step()
@@ -185,14 +195,17 @@ class LLM:
         )
         return _Live(output, completion, params, detokenizer), request
 
-    def _token_ids(self, prompt: Prompt, params: SamplingParams) -> npt.NDArray[np.int64]:
+    def _token_ids(
+        self, prompt: Prompt, params: SamplingParams, add_special_tokens: bool
+    ) -> npt.NDArray[np.int64]:
         """The prompt's ids, checked beside its parameters."""
         if params.stop and self.tokenizer is None:
             raise InvalidRequest("stopping.stop_strings", "the model has no tokenizer")
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise InvalidRequest("text", "the model has no tokenizer: send token ids")
-            ids = np.asarray(self.tokenizer.encode(prompt), np.int64)
+            encoded = self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
+            ids = np.asarray(encoded, np.int64)
         else:
             ids = np.asarray(prompt, np.int64)
         vocab = self.model_config.vocab_size
@@ -229,7 +242,6 @@ class LLM:
                 if live.detokenizer is not None and not live.hides_last(finish):
                     live.completion.text += live.detokenizer.push(token)
                     if live.detokenizer.matched_stop is not None:
-                        live.completion.stop_reason = live.detokenizer.matched_stop
                         self.engine.abort([request_id])
                         self._finish(request_id, live, FinishReason.STOP)
                         continue
@@ -239,18 +251,22 @@ class LLM:
     def _finish(self, request_id: int, live: _Live, reason: FinishReason) -> None:
         del self._live[request_id]
         completion = live.completion
-        completion.finish_reason = reason.name.lower()
         ids = completion.token_ids
-        if reason == FinishReason.STOP and completion.stop_reason is None and ids:
-            completion.stop_reason = ids[-1]
         if completion.logprobs is not None:
             completion.cumulative_logprob = sum(each.logprob for each in completion.logprobs)
         if live.detokenizer is not None:
             completion.text += live.detokenizer.flush()
+            # The rest may be what completes a stop string: half a character becomes U+FFFD.
+            if live.detokenizer.matched_stop is not None and reason is not FinishReason.ERROR:
+                completion.stop_reason = live.detokenizer.matched_stop
+                reason = FinishReason.STOP
         elif self.tokenizer is not None:
             shown = ids[:-1] if live.hides_last(reason) else ids
             skip = live.params.skip_special_tokens
             completion.text = self.tokenizer.decode(shown, skip_special_tokens=skip)
+        if reason == FinishReason.STOP and completion.stop_reason is None and ids:
+            completion.stop_reason = ids[-1]
+        completion.finish_reason = reason.name.lower()
 
     def _refuse(self, refused: RequestRefused) -> None:
         if refused.field:
