@@ -45,5 +45,5 @@ run_group engine tests/cuda/test_cuda_engine.py &
 run_group others tests/cuda \
   --ignore=tests/cuda/test_{attention,decoder,linear,linear_many,cuda_engine}.py &
 wait
-grep -E "^(FAILED|ERROR|E  )" "$out"/{tests-*,memcheck,racecheck}.txt | tail -30
 say "done"
+! grep -E "^(FAILED|ERROR|E  )" "$out"/{tests-*,memcheck,racecheck}.txt | tail -30
