@@ -54,6 +54,13 @@ def test_sjf_serves_the_shortest_prompt_first() -> None:
     assert order_of_first_tokens(driver) == [1, 2, 0]
 
 
+def test_sjf_serves_equal_prompts_in_the_order_of_arrival() -> None:
+    driver = one_at_a_time("sjf")
+    for i in range(3):
+        driver.add(i, prompt_of(20, i), max_tokens=2)
+    assert order_of_first_tokens(driver) == [0, 1, 2]
+
+
 def test_sjf_does_not_count_what_is_cached() -> None:
     driver = one_at_a_time("sjf")
     shared = prompt_of(60, 7)
@@ -77,6 +84,17 @@ def test_lpm_serves_the_longest_cached_prefix_first() -> None:
     assert [request for request in order if request] == [3, 2, 1]
 
 
+def test_lpm_does_not_favour_who_bypasses_the_cache() -> None:
+    driver = one_at_a_time("lpm")
+    shared = prompt_of(40, 7)
+    driver.add(0, shared, max_tokens=2)
+    driver.run()
+    driver.add(1, prompt_of(30, 3), max_tokens=2)
+    driver.add(2, [*shared, 5], max_tokens=2, bypass_cache=True)
+    order = order_of_first_tokens(driver)
+    assert [request for request in order if request] == [1, 2]
+
+
 def test_fair_lets_a_quiet_tenant_pass_a_flood() -> None:
     driver = one_at_a_time("fair", max_model_len=1024, num_blocks=256)
     for i in range(30):
@@ -98,6 +116,42 @@ def test_fair_shares_tokens_by_tenant_not_by_request() -> None:
     for request in order_of_first_tokens(driver)[:60]:
         served[request % 2] += 100 if request % 2 else 900
         assert abs(served[0] - served[1]) <= 2 * (4096 + 900)
+
+
+def test_fair_counts_the_tokens_of_answers() -> None:
+    driver = one_at_a_time("fair")
+    for i in range(30):
+        driver.add(i, prompt_of(10, i), max_tokens=200, eos_token_ids=(), tenant="talks")
+    driver.add(30, prompt_of(10, 30), max_tokens=1, tenant="listens")
+    while not driver.results[30, 0].tokens:
+        driver.step()
+    served = sum(bool(driver.results[i, 0].tokens) for i in range(30))
+    assert served <= 4096 // 200 + 1
+
+
+def test_fair_does_not_count_what_is_cached() -> None:
+    driver = one_at_a_time("fair", max_model_len=1024, num_blocks=256)
+    shared = prompt_of(600, 7)
+    driver.add(0, shared, max_tokens=1, tenant="a")
+    driver.run()
+    for i in range(1, 31):  # several quanta, if it were computed
+        driver.add(i, shared, max_tokens=1, tenant="a")
+    driver.add(31, prompt_of(20, 5), max_tokens=1, tenant="b")
+    assert order_of_first_tokens(driver)[-1] == 31
+
+
+def test_fair_lets_nobody_save_up_more_than_a_quantum() -> None:
+    driver = one_at_a_time("fair", max_model_len=1024, num_blocks=256)
+    options = {"max_tokens": 1, "bypass_cache": True}
+    driver.add(0, prompt_of(5, 0), tenant="idle", **options)
+    for i in range(1, 31):
+        driver.add(i, prompt_of(900, i), tenant="busy", **options)
+    driver.run()
+    for i in range(100, 130):
+        driver.add(i, prompt_of(900, i), tenant="idle", **options)
+    driver.add(200, prompt_of(900, 200), tenant="busy", **options)
+    order = [request for request in order_of_first_tokens(driver) if request >= 100]
+    assert order.index(200) <= 2 * (4096 // 900 + 1)
 
 
 def test_fair_keeps_prefix_locality_within_a_tenant() -> None:
@@ -148,6 +202,14 @@ def test_a_giant_prompt_does_not_hold_back_short_ones() -> None:
             driver.step()
         assert driver.results[i, 0].tokens == answer(prompt_of(20, i), 1)
     assert not driver.results[1, 0].tokens, "the giant prompt is still on its way"
+
+
+def test_a_flood_of_short_prompts_does_not_hold_back_a_giant_one() -> None:
+    driver = Driver(make_scheduler(), overlap=False, check=False)
+    driver.add(0, prompt_of(200, 2), max_tokens=1)
+    for i in range(1, 100):
+        driver.add(i, prompt_of(30, i), max_tokens=1, bypass_cache=True)
+    assert order_of_first_tokens(driver).index(0) < 20
 
 
 def test_no_decode_waits_longer_than_one_chunk() -> None:

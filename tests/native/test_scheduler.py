@@ -105,6 +105,16 @@ def test_finish_reasons() -> None:
     assert (driver.results[4, 0].finish, driver.results[4, 0].tokens) == (1, full[:2])
 
 
+def test_an_answer_that_just_fits_the_context_ends_by_its_length() -> None:
+    driver = Driver(make_scheduler(max_model_len=30))
+    driver.add(1, prompt_of(6), max_tokens=24, eos_token_ids=())
+    driver.add(2, prompt_of(6), max_tokens=25, eos_token_ids=())
+    driver.run()
+    for request_id, finish in ((1, LENGTH), (2, CONTEXT_LIMIT)):
+        assert driver.results[request_id, 0].finish == finish
+        assert driver.results[request_id, 0].tokens == answer(prompt_of(6), 24, eos=())
+
+
 def test_parameters_travel_once_when_the_row_is_assigned() -> None:
     driver = Driver(make_scheduler())
     driver.add(
@@ -206,6 +216,15 @@ def test_salts_bypass_and_a_flushed_cache_share_nothing() -> None:
     assert driver.results[9, 0].cached_tokens == 0
 
 
+def test_long_salts_that_differ_at_their_ends_share_nothing() -> None:
+    driver = Driver(make_scheduler())
+    company = "a company with a long name, department "
+    for i, salt in enumerate([company + "1", company + "2", "1" + company, company + "1"]):
+        driver.add(i, prompt_of(48), max_tokens=2, salt=salt)
+        driver.run()
+    assert [driver.results[i, 0].cached_tokens for i in range(4)] == [0, 0, 0, 47]
+
+
 def test_equal_prompts_at_once_end_up_sharing_their_blocks() -> None:
     scheduler = make_scheduler(max_num_batched_tokens=64)
     driver = Driver(scheduler)
@@ -266,6 +285,28 @@ def test_a_full_pool_preempts_and_every_answer_is_right(overlap: bool) -> None:
     assert scheduler.stats()["preemptions"] > 0
 
 
+def test_a_preempted_request_counts_once_among_those_that_ask_the_cache() -> None:
+    scheduler = make_scheduler(num_blocks=13)
+    driver = Driver(scheduler, num_blocks=13)
+    for i in range(8):
+        driver.add(i, prompt_of(20, i), max_tokens=100, eos_token_ids=())
+    driver.run()
+    assert scheduler.stats()["preemptions"] > 0
+    assert scheduler.stats()["query_tokens"] == 8 * 20
+
+
+def test_a_prompt_leaves_the_blocks_that_a_running_one_still_needs() -> None:
+    scheduler = make_scheduler(num_blocks=21, max_num_batched_tokens=16)
+    driver = Driver(scheduler, num_blocks=21, overlap=False)
+    driver.add(1, prompt_of(240), max_tokens=2, eos_token_ids=())  # 15 of 20 blocks
+    driver.add(2, prompt_of(160, 2), max_tokens=2, eos_token_ids=())  # 10
+    for _ in range(3):
+        driver.step()
+    assert scheduler.stats()["running"] == 1
+    driver.run()
+    assert scheduler.stats()["preemptions"] == 0
+
+
 def test_a_sequence_that_outgrows_the_pool_alone_ends() -> None:
     driver = Driver(make_scheduler(num_blocks=4), num_blocks=4)
     driver.add(1, prompt_of(40), max_tokens=100, eos_token_ids=())
@@ -318,6 +359,22 @@ def test_timeouts(overlap: bool) -> None:
     assert 10 < len(driver.results[1, 0].tokens) < 20
 
 
+def test_a_second_queue_timeout_is_noticed_too() -> None:
+    driver = Driver(make_scheduler(max_num_seqs=1))
+    driver.add(1, prompt_of(10), max_tokens=60, eos_token_ids=())
+    driver.add(2, prompt_of(10, 2), queue_timeout=5.0)
+    driver.add(3, prompt_of(10, 3), queue_timeout=9.0)
+    ends: dict[int, float] = {}
+    while len(ends) < 2:
+        driver.step()
+        for i in (2, 3):
+            if driver.results[i, 0].finish:
+                ends.setdefault(i, driver.now)
+    assert not driver.results[1, 0].finish
+    assert driver.results[2, 0].finish == driver.results[3, 0].finish == QUEUE_TIMEOUT
+    assert (ends[2], ends[3]) == (pytest.approx(5.0, abs=1.0), pytest.approx(9.0, abs=1.0))
+
+
 def test_logits_that_are_not_finite_end_their_request_alone() -> None:
     driver = Driver(make_scheduler())
     driver.add(1, prompt_of(5), max_tokens=9, eos_token_ids=())
@@ -337,9 +394,7 @@ def test_refusals_name_the_field() -> None:
         driver.add(1, prompt_of(3))
     with pytest.raises(InvalidRequest, match="prompt: is empty"):
         driver.add(2, [])
-    with pytest.raises(InvalidRequest, match="prompt: has 256 tokens"):
-        driver.add(2, prompt_of(256))
-    with pytest.raises(InvalidRequest, match="the KV cache holds 112"):
+    with pytest.raises(InvalidRequest, match="has 113 tokens, but the KV cache holds 112"):
         driver.add(2, prompt_of(113))
     with pytest.raises(InvalidRequest, match=r"stopping\.max_tokens: is 0"):
         driver.add(2, prompt_of(3), max_tokens=0)
@@ -349,6 +404,15 @@ def test_refusals_name_the_field() -> None:
     with pytest.raises(ConfigError, match="policy is 'best'"):
         make_scheduler(policy="best")
     driver.run()
+
+
+def test_a_prompt_leaves_room_for_one_token_of_its_answer() -> None:
+    driver = Driver(make_scheduler(max_model_len=256))
+    with pytest.raises(InvalidRequest, match=r"prompt: has 256 tokens, .* may have 256 at most"):
+        driver.add(1, prompt_of(256))
+    driver.add(1, prompt_of(255))
+    driver.run()
+    assert driver.results[1, 0].tokens == answer(prompt_of(255), 1)
 
 
 def test_queue_limits() -> None:
@@ -363,6 +427,15 @@ def test_queue_limits() -> None:
     driver.add(1, prompt_of(20))
     with pytest.raises(Overloaded, match="max_queued_tokens"):
         driver.add(2, prompt_of(1))
+    driver.run()
+
+
+def test_waiting_tokens_may_fill_the_queue_to_its_limit() -> None:
+    driver = Driver(make_scheduler(max_queued_tokens=10))
+    driver.add(1, prompt_of(5))
+    driver.add(2, prompt_of(5, 2))
+    with pytest.raises(Overloaded, match="max_queued_tokens"):
+        driver.add(3, prompt_of(1))
     driver.run()
 
 
@@ -382,6 +455,15 @@ def test_cached_tokens_do_not_fill_the_queue() -> None:
     scheduler.check()
     driver.run()
     assert scheduler.stats()["waiting_tokens"] == 0
+
+
+def test_who_bypasses_the_cache_waits_with_all_tokens() -> None:
+    driver = Driver(make_scheduler())
+    driver.add(1, prompt_of(100))
+    driver.run()
+    driver.add(2, prompt_of(100), bypass_cache=True)
+    assert driver.scheduler.stats()["waiting_tokens"] == 100
+    driver.run()
 
 
 def test_a_wrong_arena_or_a_wrong_order_of_commits_is_refused() -> None:

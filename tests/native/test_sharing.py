@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from tests.native.device import next_token
 from tests.native.driver import Driver, answer, make_scheduler
 from zllm.errors import InvalidRequest
+from zllm.native import arena
 
 
 def prompt_of(length: int, start: int = 1) -> list[int]:
@@ -168,6 +170,17 @@ def test_a_full_host_falls_back_to_computing_again() -> None:
     assert scheduler.stats()["preempted_tokens"] > 0
 
 
+def test_a_step_swaps_no_more_blocks_than_two_whole_contexts_have() -> None:
+    scheduler = make_scheduler(num_blocks=25, num_host_blocks=200, max_num_batched_tokens=512)
+    driver = Driver(scheduler, num_blocks=25, overlap=False)
+    driver.add(1, prompt_of(224), num_sequences=8, max_tokens=30, eos_token_ids=())
+    driver.run()
+    most = max(np.frombuffer(raw, np.int32)[arena.H_NUM_SWAP_OUT] for raw in driver.plans)
+    assert 0 < most <= 2 * 256 // 16
+    for index in range(8):
+        assert driver.results[1, index].tokens == answer(prompt_of(224), 30, index, eos=())
+
+
 def test_the_victim_is_the_sequence_that_loses_least() -> None:
     scheduler = make_scheduler(num_blocks=16, max_model_len=300)
     driver = Driver(scheduler, num_blocks=16, overlap=False)
@@ -179,6 +192,31 @@ def test_the_victim_is_the_sequence_that_loses_least() -> None:
     assert scheduler.stats()["preempted_tokens"] < min(lengths[0], lengths[2])
     assert scheduler.stats()["preempted_tokens"] <= lengths[1]
     driver.run()
+
+
+def advanced_beside_the_first_preemption(driver: Driver, count: int) -> list[bool]:
+    """Which of so many requests got a token in the step after it."""
+    while driver.scheduler.stats()["preemptions"] == 0:
+        driver.step()
+    before = [len(driver.results[i, 0].tokens) for i in range(count)]
+    driver.step()
+    return [len(driver.results[i, 0].tokens) > before[i] for i in range(count)]
+
+
+def test_of_those_that_lose_the_same_the_last_to_arrive_is_the_victim() -> None:
+    driver = Driver(make_scheduler(num_blocks=10), num_blocks=10, overlap=False)
+    for i in range(3):
+        driver.add(i, prompt_of(20, i), max_tokens=80, eos_token_ids=())
+    assert advanced_beside_the_first_preemption(driver, 3) == [True, True, False]
+
+
+def test_under_the_priority_policy_the_lowest_priority_is_the_victim() -> None:
+    scheduler = make_scheduler(num_blocks=14, policy="priority")
+    driver = Driver(scheduler, num_blocks=14, overlap=False)
+    for i, (length, priority) in enumerate([(50, 0), (50, 0), (34, 5)]):  # the last loses least
+        driver.add(i, prompt_of(length, i), max_tokens=120, eos_token_ids=(), priority=priority)
+        driver.step()
+    assert advanced_beside_the_first_preemption(driver, 3) == [True, False, True]
 
 
 def test_the_oldest_sequence_is_never_the_victim() -> None:
