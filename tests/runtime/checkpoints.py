@@ -35,9 +35,9 @@ def make_hf_model(seed: int = 0, **changes: Any) -> Qwen3ForCausalLM:
     torch.manual_seed(seed)
     model = Qwen3ForCausalLM(Qwen3Config(**settings)).eval()
     with torch.no_grad():
-        # Transformers sets norms to one; drawn at random, a wrong one shows.
+        # Transformers sets norms to one and biases to zero; drawn at random, a wrong one shows.
         for name, parameter in model.named_parameters():
-            if "norm" in name:
+            if "norm" in name or name.endswith("bias"):
                 parameter.uniform_(0.5, 1.5)
     return model
 

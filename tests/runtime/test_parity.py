@@ -34,6 +34,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "head-dim-divides": {"head_dim": 12, "rope_parameters": {"rope_theta": 500.0}},
     "attention-bias": {"attention_bias": True},
+    "large-epsilon": {"rms_norm_eps": 0.1},
 }
 PROMPTS = random_prompts(17, VOCAB, longest=70)
 SHORT = [prompt[:15] for prompt in PROMPTS]
