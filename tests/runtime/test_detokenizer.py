@@ -115,6 +115,13 @@ def test_tokens_after_the_match_are_neither_text_nor_counted() -> None:
     assert detokenizer.flush() == ""
 
 
+def test_half_a_character_at_the_end_comes_after_what_was_held_back() -> None:
+    detokenizer = Detokenizer(embedded(), stop_strings=["abc"])
+    ids = embedded().encode("ab😀")[:-1]
+    assert pieces(detokenizer, ids) == ["", "", "", "", "", "ab\ufffd"]
+    assert detokenizer.matched_stop is None
+
+
 def test_a_token_of_many_characters_may_hold_the_stop_string() -> None:
     (token,) = embedded().encode("What")
     detokenizer = Detokenizer(embedded(), stop_strings=["ha"])

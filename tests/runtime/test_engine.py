@@ -78,6 +78,7 @@ def test_a_full_queue_refuses_without_a_field_and_goes_on(engine: Engine) -> Non
 
 def test_a_request_that_can_never_run_names_the_field(engine: Engine) -> None:
     engine.add(request(1, length=64 * 16 + 1))
+    assert engine.has_work(), "the refusal is not told yet"
     output = engine.step()
     assert output is not None
     (refused,) = output.refused
@@ -138,6 +139,22 @@ def test_log_probabilities_come_for_those_who_asked(engine: Engine) -> None:
             assert found.rank == 1
             assert found.logprob == pytest.approx(found.top_logprobs[0])
     assert seen == {1: 4, 2: 0}
+
+
+def test_who_takes_a_number_again_gets_only_the_log_probabilities_it_asks_for(
+    engine: Engine,
+) -> None:
+    engine.add(request(1, num_logprobs=2))
+    run(engine)
+    engine.add(request(1))
+    engine.add(request(2, num_logprobs=2))
+    seen = set()
+    while engine.has_work():
+        output = engine.step()
+        if output is not None:
+            ids = np.frombuffer(output.request_ids, np.int64).tolist()
+            seen |= {ids[index] for index in output.logprobs}
+    assert seen == {2}
 
 
 def test_a_violation_is_logged_with_its_state_and_counted(

@@ -173,6 +173,22 @@ def test_a_client_that_comes_again_leaves_its_old_requests_as_orphans(shared: Sh
     again.socket.close()
 
 
+def test_a_client_that_comes_again_takes_the_place_of_its_old_connection(shared: Shared) -> None:
+    before = shared.peers[0]
+    again = Peer(shared.path, before.number)
+    again.send(Attach(before.number))
+    assert shared.take() == (before.number, Attach(before.number))
+    shared.clients.attach(before.number, GREETING)
+    assert again.heard() == GREETING
+    with pytest.raises(ConnectionError):
+        before.heard()
+    before.socket.close()  # its end is not the new one's
+    assert not shared.clients.poll(50)
+    shared.clients.send(before.number, GREETING)
+    assert again.heard() == GREETING
+    again.socket.close()
+
+
 def test_a_client_that_does_not_read_holds_up_nobody_and_misses_nothing(shared: Shared) -> None:
     one, other = shared.peers
     stalled, live = shared.begin(one, 1), shared.begin(other, 1)

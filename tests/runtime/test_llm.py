@@ -9,6 +9,7 @@ import pytest
 
 from zllm import LLM, SamplingParams
 from zllm.errors import ConfigError, InvalidRequest, Overloaded
+from zllm.runtime.chat_template import ChatTemplate
 from zllm.runtime.embedded import EMBEDDED_MODEL
 
 
@@ -45,6 +46,36 @@ def test_each_prompt_may_have_its_own_parameters(llm: LLM) -> None:
     assert lengths[1] >= 2
 
 
+def test_what_is_left_out_is_as_the_checkpoint_wants_it(tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).symlink_to(EMBEDDED_MODEL / name)
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.0}')
+    greedy = LLM(tmp_path, device="cpu", num_kv_blocks=64)
+    outputs = greedy.generate([[7, 8, 9]] * 4, SamplingParams(ignore_eos=True))
+    greedy.close()
+    assert len({tuple(output.outputs[0].token_ids) for output in outputs}) == 1
+
+
+def test_an_output_says_how_much_of_its_prompt_was_cached(llm: LLM) -> None:
+    llm.engine.flush_cache()
+    prompt = [40 + token % 50 for token in range(100)]
+    found = [llm.generate(prompt, GREEDY)[0].num_cached_tokens for _ in range(2)]
+    assert found == [0, 100 // 16 * 16]
+
+
+def test_the_chat_template_hears_of_tools_and_variables(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = ChatTemplate("{{ tools[0].name }}, {{ mood }}: {{ messages[0].content }}")
+    monkeypatch.setattr(llm, "chat_template", template)
+    variables = {"mood": "calm"}
+    (output,) = llm.chat(
+        ask("Why?"), GREEDY, tools=[{"name": "weather"}], chat_template_kwargs=variables
+    )
+    assert output.prompt == "weather, calm: Why?"
+    template.close()
+
+
 def test_a_stop_string_ends_the_text_before_it(llm: LLM) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=60, stop="7, 8")
     (output,) = llm.chat(ask("Count from 3 to 12."), params)
@@ -60,6 +91,21 @@ def test_a_stop_token_is_named_and_not_in_the_text(llm: LLM) -> None:
     (output,) = llm.chat(ask("Count from 3 to 12."), params)
     assert output.outputs[0].text == "3"
     assert output.outputs[0].stop_reason == comma
+
+
+@pytest.mark.parametrize(("max_tokens", "reason"), [(60, "eos"), (2, "length")])
+def test_only_a_stop_has_a_stop_reason(llm: LLM, max_tokens: int, reason: str) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
+    (output,) = llm.chat(ask("What is 12 + 7?"), params)
+    assert (output.outputs[0].finish_reason, output.outputs[0].stop_reason) == (reason, None)
+
+
+def test_an_answer_does_not_end_before_min_tokens(llm: LLM) -> None:
+    (plain,) = llm.chat(ask("What is 12 + 7?"), GREEDY)
+    assert len(plain.outputs[0].token_ids) < 30
+    params = SamplingParams(temperature=0.0, max_tokens=60, min_tokens=30)
+    (output,) = llm.chat(ask("What is 12 + 7?"), params)
+    assert len(output.outputs[0].token_ids) >= 30
 
 
 def test_with_min_tokens_fewer_stop_tokens_go_as_the_device_keeps_them(llm: LLM) -> None:
@@ -91,6 +137,22 @@ def test_a_token_that_ends_it_is_in_the_text_only_where_asked(llm: LLM) -> None:
             assert completion.text == llm.tokenizer.decode(ids if keep else ids[:-1])
 
 
+@pytest.mark.parametrize("stop", [[], ["never"]])
+@pytest.mark.parametrize(("skip", "end"), [(True, ""), (False, "<|im_end|>")])
+def test_special_tokens_are_in_the_text_only_where_asked(
+    llm: LLM, skip: bool, end: str, stop: list[str]
+) -> None:
+    params = SamplingParams(
+        temperature=0.0,
+        max_tokens=60,
+        stop=stop,
+        include_stop_str_in_output=True,
+        skip_special_tokens=skip,
+    )
+    (output,) = llm.chat(ask("What is 12 + 7?"), params)
+    assert output.outputs[0].text == "12 + 7 = 19" + end
+
+
 def test_the_same_seed_gives_the_same_tokens_alone_and_in_a_batch(llm: LLM) -> None:
     params = SamplingParams(temperature=2.0, max_tokens=20, seed=7, ignore_eos=True)
     others = SamplingParams(temperature=2.0, max_tokens=20, ignore_eos=True)
@@ -108,6 +170,18 @@ def test_log_probabilities_add_up(llm: LLM) -> None:
     assert completion.logprobs is not None
     assert len(completion.logprobs) == len(completion.token_ids)
     assert completion.cumulative_logprob == sum(each.logprob for each in completion.logprobs)
+
+
+def test_0_log_probabilities_are_those_of_the_chosen_tokens_alone(llm: LLM) -> None:
+    found = []
+    for count in (0, 1):
+        params = SamplingParams(temperature=0.0, max_tokens=3, logprobs=count)
+        (output,) = llm.generate("12 + 7 =", params)
+        assert output.outputs[0].logprobs is not None
+        found.append(output.outputs[0].logprobs)
+    for chosen, with_the_best in zip(*found, strict=True):
+        assert (len(chosen.top_ids), len(with_the_best.top_ids)) == (0, 1)
+        assert chosen.logprob == pytest.approx(with_the_best.logprob)
 
 
 @pytest.mark.parametrize(

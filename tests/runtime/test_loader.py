@@ -152,6 +152,20 @@ def test_a_tied_checkpoint_may_hold_its_head_but_no_other(tmp_path, same):
             load(folder)
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_the_head_of_a_tied_checkpoint_may_be_in_another_file(tmp_path, same):
+    model = make_hf_model(tie_word_embeddings=True)
+    folder = save(model, tmp_path)
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    head = model.lm_head.weight.detach().clone()
+    save_file({"lm_head.weight": head if same else head + 1}, folder / "b.safetensors")
+    if same:
+        assert torch.equal(load(folder)["embedding"], head)
+    else:
+        with pytest.raises(ModelLoadError, match=r"lm_head\.weight is not the embedding"):
+            load(folder)
+
+
 @pytest.mark.parametrize("index", ["{", "[]", "{}", '{"weight_map": 3}'])
 def test_a_corrupt_index_is_named(folder, index):
     (folder / "model.safetensors").rename(folder / "other.safetensors")

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Qwen3Config
 
-from zllm.errors import ModelLoadError
+from tests.runtime.checkpoints import make_hf_model, save
+from zllm.errors import ConfigError, ModelLoadError
 from zllm.runtime.model_config import ModelConfig
 from zllm.runtime.models.registry import model_class
 
@@ -35,6 +37,7 @@ def read(generation: dict[str, Any] | None = None, **changes: Any) -> ModelConfi
     [
         {"rope_theta": 5e6},
         {"rope_theta": 5e6, "rope_scaling": None},
+        {"rope_theta": 5e6, "rope_scaling": {"rope_type": "default"}},
         {"rope_parameters": {"rope_type": "default", "rope_theta": 5e6}},
         {"rope_parameters": {"rope_theta": 5_000_000}, "rope_theta": 1.0},
     ],
@@ -49,6 +52,29 @@ def test_without_a_head_dim_the_heads_share_the_hidden_size():
 
 def test_without_key_value_heads_every_head_has_its_own():
     assert read(num_key_value_heads=None).num_kv_heads == 4
+
+
+def test_what_is_left_out_is_as_transformers_has_it():
+    ours, theirs = read(), Qwen3Config()
+    assert ours.tie_word_embeddings is theirs.tie_word_embeddings
+    assert ours.attention_bias is theirs.attention_bias
+    assert ours.rms_norm_eps == theirs.rms_norm_eps
+    assert ours.initializer_range == theirs.initializer_range
+    assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
+
+
+def test_the_context_may_be_as_long_as_the_models_positions():
+    assert [read().context_length(length) for length in (None, 100, 256)] == [256, 100, 256]
+    with pytest.raises(ConfigError, match="max_model_len is 257: the model's positions end at 256"):
+        read().context_length(257)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_parameters_are_counted_as_the_checkpoint_has_them_but_for_the_norms(tmp_path, tied):
+    model = make_hf_model(tie_word_embeddings=tied)
+    counted = ModelConfig.from_folder(save(model, tmp_path)).num_parameters
+    weights = [weight for name, weight in model.named_parameters() if "norm" not in name]
+    assert counted == sum(weight.numel() for weight in weights)
 
 
 @pytest.mark.parametrize("name", ["dtype", "torch_dtype"])

@@ -16,6 +16,7 @@ from zllm.runtime.sampling_params import SamplingParams
         ("sampling.temperature", {"temperature": math.nan}),
         ("sampling.temperature", {"temperature": math.inf}),
         ("sampling.temperature", {"temperature": -0.1}),
+        ("sampling.temperature", {"temperature": 100.5}),
         ("sampling.temperature", {"temperature": 1e39}),
         ("sampling.temperature", {"temperature": "hot"}),
         ("sampling.temperature", {"temperature": True}),
@@ -37,7 +38,7 @@ from zllm.runtime.sampling_params import SamplingParams
         ("stopping.stop_token_ids[0]", {"stop_token_ids": [-1]}),
         ("stopping.stop_token_ids", {"stop_token_ids": range(1025)}),
         ("output.logprobs", {"logprobs": -1}),
-        ("output.logprobs", {"logprobs": 10_000}),
+        ("output.logprobs", {"logprobs": 21}),
     ],
 )
 def test_a_bad_value_is_refused_with_its_path_and_value(field, options):
@@ -45,6 +46,26 @@ def test_a_bad_value_is_refused_with_its_path_and_value(field, options):
         SamplingParams(**options)
     assert caught.value.field == field
     assert caught.value.reason
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 100.0},
+        {"min_p": 0.0},
+        {"min_p": 1.0},
+        {"min_tokens": 8, "max_tokens": 8},
+        {"stop": ["x"] * 64},
+        {"stop_token_ids": range(1024)},
+        {"logprobs": 0},
+        {"logprobs": 20},
+    ],
+)
+def test_the_bounds_themselves_are_good_values(options):
+    params = SamplingParams(**options)
+    for name, value in options.items():
+        kept = getattr(params, name)
+        assert kept == (tuple(value) if isinstance(kept, tuple) else value)
 
 
 def test_good_values_are_kept():

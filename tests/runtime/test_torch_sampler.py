@@ -146,6 +146,16 @@ def test_cuts_wider_than_the_first_candidates_are_exact():
     assert (tokens < middle).float().mean().item() == pytest.approx(0.5, abs=0.15)
 
 
+def test_top_p_is_a_share_of_what_min_p_left_however_much_that_is():
+    """More tokens pass min-p than are tried first, and those below it weigh two thirds of them."""
+    logits = torch.cat([torch.linspace(0, -1, 300), torch.full((1600,), -2.5)])
+    cuts = {"temperature": 1.0, "min_p": 0.1, "top_p": 0.5}
+    count = 1000
+    rows = [Params(seed=3, **cuts)] * count
+    tokens = draw(logits.expand(count, -1), rows, list(range(count))).tokens
+    assert_drawn_from(reference(logits, Params(**cuts)), tokens)
+
+
 @pytest.mark.parametrize("cut", [{"top_k": 2}, {"top_p": 0.3}, {"min_p": 0.9}])
 def test_tokens_as_likely_as_the_last_one_kept_are_kept_too(cut):
     logits = torch.tensor([1.0, 3.0, 3.0, 0.0, 3.0])
@@ -215,6 +225,11 @@ def test_no_end_token_comes_before_min_len(temperature):
     assert sampled.top_ids[:, 0].tolist() == [2, 2, 2], "logprobs are those before the ban"
 
 
+def test_an_end_token_outside_the_vocabulary_bans_nothing():
+    row = Params(min_len=9, end_ids=(1, 10**6))
+    assert draw(torch.tensor([[1.0, 3.0, 2.0]]), [row], [3]).tokens.tolist() == [2]
+
+
 @pytest.mark.parametrize("poison", [(7, torch.nan), (7, torch.inf), (slice(None), -torch.inf)])
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "top_p": 0.9}])
 def test_a_row_that_is_not_finite_gives_minus_1_alone(poison, options):
@@ -241,6 +256,16 @@ def test_logprobs_are_of_the_unmodified_distribution():
         assert sampled.top_logprobs[index].tolist() == pytest.approx(
             expected[index, order[:7]].tolist(), abs=1e-5
         )
+
+
+def test_tokens_that_are_equally_likely_share_the_best_rank():
+    sampled = draw(torch.tensor([[1.0, 3.0, 3.0]] * 2), [Params()] * 2, [0, 1], max_logprobs=0)
+    assert sampled.ranks.tolist() == [1, 1]
+
+
+def test_more_logprobs_than_there_are_tokens_are_those_of_all():
+    sampled = draw(torch.tensor([[1.0, 3.0, 2.0]]), [Params()], [0], max_logprobs=20)
+    assert sampled.top_ids.tolist() == [[1, 2, 0]]
 
 
 def test_no_logprobs_where_nobody_wants_any():
