@@ -57,7 +57,9 @@ async def test_a_taken_port_is_named_and_what_had_started_is_stopped(taken: str)
         ports = {"port": 0, "admin_port": 0, "metrics_port": 0} | {taken: other.getsockname()[1]}
         command = (sys.executable, str(STUB))
         with pytest.raises(ConfigError, match=f"--{taken.replace('_', '-')}"):
-            await serve(ServerConfig(**ports), [model], model, version="test", command=command)
+            await serve(
+                ServerConfig(**ports), [model], model, version="test", say=print, command=command
+            )
     assert listening() == before
     assert not engines()
 

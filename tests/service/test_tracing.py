@@ -222,8 +222,8 @@ async def test_without_the_extra_the_setting_says_what_to_install(
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
     model = EngineConfig(model=EMBEDDED_MODEL, served_model_name="stub")
     config = ServerConfig(port=0, admin_port=0, otlp_endpoint="http://localhost:4317")
-    with pytest.raises(ConfigError, match=r"zllm\[tracing\]"):
-        await serve(config, [model], model, version="test")
+    with pytest.raises(ConfigError, match=r"extra \[tracing\]"):
+        await serve(config, [model], model, version="test", say=print)
 
 
 def test_an_endpoint_must_say_whether_it_is_encrypted() -> None:
