@@ -6,16 +6,17 @@ import asyncio
 import io
 import json
 from collections.abc import Callable
+from contextlib import aclosing
 from typing import TypeVar
 
 import pytest
 
 from tests.service.harness import Harness, running
-from tests.service.stub_engine import StubEngine
+from tests.service.stub_engine import EOS, StubEngine
 from zllm.cli import main
 from zllm.clients.aio import AsyncClient
 from zllm.clients.bench import Sample, Workload, summarize
-from zllm.clients.client import Client
+from zllm.clients.client import Client, Stream
 from zllm.errors import ConfigError, InvalidRequest, Unavailable, ZllmError
 from zllm.runtime.embedded import EMBEDDED_MODEL
 from zllm.runtime.tokenizer import load_tokenizer
@@ -48,7 +49,9 @@ async def test_the_synchronous_client_has_the_whole_surface() -> None:
     def work(client: Client) -> None:
         client.wait_ready(5)
         assert [model.name for model in client.models()] == ["stub"]
-        assert client.detokenize(client.tokenize("Monday")) == "Monday"
+        ids = [*client.tokenize("Monday"), EOS]
+        assert client.detokenize(ids) == "Monday<|im_end|>"
+        assert client.detokenize(ids, skip_special_tokens=True) == "Monday"
         whole = client.generate("hi", token_ids=True)
         assert whole.text == ANSWER
         for stream in (client.stream("hi", token_ids=True), client.chat("hi", token_ids=True)):
@@ -69,15 +72,30 @@ async def test_the_synchronous_client_has_the_whole_surface() -> None:
 
 
 async def test_leaving_a_stream_ends_its_request() -> None:
-    def work(client: Client) -> None:
-        with client.stream("abc") as stream:
-            deltas = iter(stream)
-            next(deltas)
-        for _ in client.stream("abc"):
-            break
+    """Though it is still referred to, and its client goes on."""
 
-    async with running(StubEngine(step_s=0.02)) as server:
-        await with_client(server, work)
+    def work(client: Client) -> list[Stream]:
+        with client.stream("abc") as left:
+            next(iter(left))
+        broken_off = client.stream("abc")
+        for _ in broken_off:
+            break
+        return [left, broken_off]
+
+    async with running(StubEngine(step_s=0.1)) as server:
+        with Client(server.target, attempts=1) as client:
+            kept = await asyncio.to_thread(work, client)
+            await server.until_idle()
+        assert len(kept) == 2
+
+
+async def test_leaving_a_stream_of_the_asyncio_client_ends_its_request() -> None:
+    async with running(StubEngine(step_s=0.1)) as server:
+        async with server.client.stream("abc") as left:
+            await anext(aiter(left))
+        closed = server.client.stream("abc")
+        async with aclosing(aiter(closed)) as deltas:
+            await anext(deltas)
         await server.until_idle()
 
 
@@ -88,7 +106,7 @@ async def test_a_passed_timeout_is_a_timeout_error() -> None:
         with pytest.raises(TimeoutError):
             list(client.stream("abc", timeout=0.1))
 
-    async with running(StubEngine(step_s=0.02)) as server:
+    async with running(StubEngine(step_s=0.1)) as server:
         await with_client(server, work)
         await server.until_idle()
 
@@ -168,6 +186,17 @@ async def test_the_bench_command_measures_every_request(
             assert report["output_tokens_per_s"] == pytest.approx(12 * 8 / report["seconds"])
             assert 0 < report["ttft_p50_ms"] <= report["ttft_p99_ms"] <= report["total_p99_ms"]
         await server.until_idle()
+
+
+async def test_the_bench_command_lets_no_answer_end_early_and_times_its_first_token(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    load = ("--num-requests", "2", "--input-len", "20", "--output-len", "20", "--json")
+    async with running(StubEngine(script=[], step_s=0.03)) as server:
+        assert await command(server, "bench", *load) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["output_tokens_per_s"] == pytest.approx(2 * 20 / report["seconds"])
+    assert report["ttft_p99_ms"] < report["total_p50_ms"] / 2
 
 
 def test_the_benchs_arithmetic() -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import grpc
 import pytest
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.json_format import MessageToDict
 
 from zllm.clients.failures import to_error
 from zllm.clients.request import build_request
-from zllm.clients.results import read_delta
-from zllm.clients.service_config import channel_options
+from zllm.clients.results import Timing, Usage, read_delta, read_timing, read_usage
+from zllm.clients.service_config import channel_options, service_config
 from zllm.errors import (
     EngineError,
     InvalidRequest,
@@ -23,7 +25,7 @@ from zllm.errors import (
     ZllmError,
 )
 from zllm.service.status import BadFields, code_of, details_of
-from zllm.v1 import generation_pb2
+from zllm.v1 import generation_pb2, types_pb2
 
 
 def test_a_prompt_is_text_ids_or_chat() -> None:
@@ -195,6 +197,23 @@ def test_a_delta_reads_as_plain_python() -> None:
     assert (delta.text, delta.token_ids, delta.num_tokens) == ("a", (1,), 1)
     assert (delta.finish_reason, delta.stop) == ("stop", "end")
     assert read_delta(generation_pb2.SequenceDelta()).finish_reason is None
+
+
+def test_usage_and_timing_read_as_numbers() -> None:
+    usage = types_pb2.Usage(prompt_tokens=5, cached_tokens=3, completion_tokens=2)
+    assert read_usage(usage) == Usage(prompt_tokens=5, cached_tokens=3, completion_tokens=2)
+    timing = generation_pb2.Timing(
+        queued=Duration(nanos=250_000_000),
+        first_token=Duration(seconds=1),
+        total=Duration(seconds=3),
+    )
+    assert read_timing(timing) == Timing(queued=0.25, first_token=1.0, total=3.0)
+
+
+def test_only_refusals_are_tried_again() -> None:
+    (method,) = json.loads(service_config(3))["methodConfig"]
+    codes = method["retryPolicy"]["retryableStatusCodes"]
+    assert sorted(codes) == ["RESOURCE_EXHAUSTED", "UNAVAILABLE"]
 
 
 def test_one_attempt_means_no_retries() -> None:

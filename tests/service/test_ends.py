@@ -18,9 +18,9 @@ from zllm.service.config import ServerConfig
 from zllm.v1 import generation_pb2, generation_pb2_grpc
 
 
-def slow() -> StubEngine:
-    """So slow that no request ends by itself within a test."""
-    return StubEngine(step_s=0.02)
+def slow(**options: int) -> StubEngine:
+    """So slow that no request ends by itself while a test waits: a whole context takes 25 s."""
+    return StubEngine(step_s=0.1, **options)
 
 
 async def begun(server: Harness, count: int) -> list[grpc.aio.UnaryStreamCall]:
@@ -96,7 +96,7 @@ async def test_random_cancels_leave_every_block_free() -> None:
 
 
 async def test_a_full_queue_is_resource_exhausted_with_a_time_to_retry() -> None:
-    async with running(StubEngine(step_s=0.02, max_running=1, max_queued=1)) as server:
+    async with running(slow(max_running=1, max_queued=1)) as server:
         calls = await begun(server, 1)
         stub = generation_pb2_grpc.GenerationServiceStub(server.channel)
         waiting = stub.StreamGenerate(generation_pb2.GenerateRequest(text="waits"))
@@ -115,10 +115,10 @@ async def test_a_full_queue_is_resource_exhausted_with_a_time_to_retry() -> None
 
 @pytest.mark.parametrize("by_server", [False, True])
 async def test_a_passed_queue_timeout_is_resource_exhausted(by_server: bool) -> None:
-    config = ServerConfig(port=0, admin_port=0, queue_timeout=0.1 if by_server else 0.0)
-    async with running(StubEngine(step_s=0.02, max_running=1), config) as server:
+    config = ServerConfig(port=0, admin_port=0, queue_timeout=0.4 if by_server else 0.0)
+    async with running(slow(max_running=1), config) as server:
         (call,) = await begun(server, 1)
-        options = {} if by_server else {"queue_timeout": 0.1}
+        options = {} if by_server else {"queue_timeout": 0.4}
         with pytest.raises(Overloaded, match="queue_timeout"):
             await server.client.generate("abc", **options)
         call.cancel()
