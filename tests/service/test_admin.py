@@ -71,6 +71,32 @@ async def test_abort_by_id_ends_one_with_its_partial_text() -> None:
         await server.until_idle()
 
 
+async def test_an_answer_that_is_only_still_being_sent_is_not_aborted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole, sent = asyncio.Event(), asyncio.Event()
+
+    async def write(run: Any, _: Any) -> None:
+        await run.stream.take_whole()
+        whole.set()
+        await sent.wait()
+
+    monkeypatch.setattr(generation, "_write_stream", write)
+    async with running() as server:
+
+        async def read() -> None:
+            async for _ in server.client.stream("abc", max_tokens=3):
+                pass
+
+        reading = asyncio.create_task(read())
+        async with asyncio.timeout(5):
+            await whole.wait()
+        everything = admin_pb2.AbortRequestsRequest(all=True)
+        assert not (await server.admin.AbortRequests(everything)).aborted_request_ids
+        sent.set()
+        await reading
+
+
 async def test_flush_cache_counts_the_blocks_of_the_engine() -> None:
     async with running() as server:
         freed = [

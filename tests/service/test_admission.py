@@ -114,6 +114,14 @@ async def test_with_slo_a_deadline_out_of_reach_is_refused_at_once() -> None:
             call.cancel()
 
 
+async def test_with_slo_first_tokens_of_the_past_put_a_deadline_out_of_reach() -> None:
+    async with running(StubEngine(step_s=0.4), SLO) as server:
+        await server.client.generate("abc", max_tokens=1)
+        with pytest.raises(Overloaded, match="first token is expected in"):
+            await server.client.generate("abc", max_tokens=1, timeout=0.3)
+        assert len(server.engine.seen) == 1
+
+
 async def test_without_slo_the_same_request_waits_for_its_deadline() -> None:
     async with (
         running(StubEngine(step_s=0.002, max_running=1)) as server,

@@ -7,6 +7,7 @@ from typing import Any
 
 import grpc
 import pytest
+from msgspec.structs import replace
 
 from tests.service.harness import Harness, running
 from tests.service.stub_engine import EOS, StubEngine
@@ -15,6 +16,7 @@ from zllm.clients.request import build_request
 from zllm.clients.results import Delta
 from zllm.errors import EngineError, RequestExists
 from zllm.runtime.embedded import EMBEDDED_MODEL
+from zllm.runtime.messages import EngineReady
 from zllm.runtime.tokenizer import load_tokenizer
 from zllm.v1 import generation_pb2, generation_pb2_grpc
 
@@ -115,6 +117,24 @@ async def test_requests_reach_the_engine_with_the_models_defaults_filled_in() ->
     assert (full.stopping.max_tokens, full.stopping.min_tokens) == (9, 2)
     assert (full.queue_timeout, full.stopping.time_limit) == (1.5, 2.5)
     assert full.stopping.stop_token_ids == (4, 5)
+
+
+class Cool(StubEngine):
+    """Its model comes with sampling defaults of its own."""
+
+    def ready(self) -> EngineReady:
+        ready = super().ready()
+        card = replace(ready.card, temperature=0.5, top_p=0.75, top_k=7, min_p=0.25)
+        return replace(ready, card=card)
+
+
+async def test_what_a_request_leaves_out_is_as_its_model_has_it() -> None:
+    async with running(Cool()) as server:
+        await server.client.generate("hi", max_tokens=1)
+        await server.client.generate("hi", max_tokens=1, temperature=0.0, top_k=0)
+    plain, own = (request.sampling for request in server.engine.seen)
+    assert (plain.temperature, plain.top_p, plain.top_k, plain.min_p) == (0.5, 0.75, 7, 0.25)
+    assert (own.temperature, own.top_p, own.top_k, own.min_p) == (0.0, 0.75, 0, 0.25)
 
 
 async def test_ignore_eos_goes_on_to_the_limit() -> None:

@@ -59,14 +59,21 @@ async def test_keys_as_given_and_as_sha256_get_in_by_both_clients(tmp_path: Path
                 assert (await client.generate("abc", max_tokens=3)).text == "abc"
                 assert [d.text async for d in client.chat("abc", max_tokens=1)]
 
-        def ask() -> str:
+        def ask() -> list[str]:
             with Client(server.target, attempts=1, api_key=ACME) as client:
-                return client.generate("abc", max_tokens=3).text
+                streamed = "".join(delta.text for delta in client.stream("abc", max_tokens=3))
+                return [client.generate("abc", max_tokens=3).text, streamed]
 
-        assert await asyncio.to_thread(ask) == "abc"
+        assert await asyncio.to_thread(ask) == ["abc", "abc"]
         assert [request.tenant for request in server.engine.seen] == [
-            "acme", "acme", "beta", "beta", "acme",
+            "acme", "acme", "beta", "beta", "acme", "acme",
         ]  # fmt: skip
+
+
+def test_a_sha256_may_be_in_capitals(tmp_path: Path) -> None:
+    digest = hashlib.sha256(ACME.encode()).hexdigest().upper()
+    keys = ApiKeys(write(tmp_path, {"sha256": digest, "tenant": "acme"}).api_keys)
+    assert keys.caller({"authorization": f"Bearer {ACME}"}).tenant == "acme"
 
 
 @pytest.mark.parametrize("key", ["", "x", ACME[:-1], ACME + "x", ACME.upper()])
@@ -122,6 +129,8 @@ async def test_a_key_sees_and_uses_only_its_models(tmp_path: Path) -> None:
                     await client.generate("abc", model=name)
                 with pytest.raises(Forbidden):
                     await client.tokenize("abc", model=name)
+                with pytest.raises(Forbidden):
+                    await client.detokenize([40], model=name)
 
 
 async def test_requests_beyond_a_keys_number_are_refused_and_others_are_not(
@@ -143,6 +152,20 @@ async def test_requests_beyond_a_keys_number_are_refused_and_others_are_not(
             task.cancel()
         await server.until_idle()
         await client.generate("abc", max_tokens=1)
+
+
+async def test_each_of_two_frontends_lets_in_half_of_a_keys_number(tmp_path: Path) -> None:
+    config = replace(write(tmp_path, acme(max_concurrent_requests=2)), frontends=2)
+    async with (
+        running(StubEngine(step_s=0.1), config) as server,
+        caller(server, ACME) as client,
+    ):
+        task = asyncio.create_task(client.generate("abc"))
+        await server.until(lambda load: load.running_requests == 1, "nothing runs")
+        with pytest.raises(Overloaded, match="acme"):
+            await client.generate("abc")
+        task.cancel()
+        await server.until_idle()
 
 
 async def test_a_spent_minute_is_refused_with_the_time_to_wait(tmp_path: Path) -> None:
@@ -172,6 +195,15 @@ def test_whatever_the_parser_raises_is_a_bad_file(tmp_path: Path, text: str) -> 
     (tmp_path / "keys.yaml").write_text(text)
     with pytest.raises(ConfigError, match="neither YAML nor JSON"):
         load_keys(str(tmp_path / "keys.yaml"))
+
+
+async def test_what_a_stream_gives_is_charged(tmp_path: Path) -> None:
+    config = write(tmp_path, acme(tokens_per_minute=60))
+    async with running(config=config) as server, caller(server, ACME) as client:
+        async for _ in client.stream([1] * 10, max_tokens=80):
+            pass
+        with pytest.raises(Overloaded, match="60 tokens a minute"):
+            await client.generate("abc")
 
 
 async def test_tokens_that_nobody_took_are_charged(tmp_path: Path) -> None:

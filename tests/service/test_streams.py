@@ -159,6 +159,15 @@ async def test_a_failure_after_the_end_changes_nothing() -> None:
         assert delta.text == "one"[: len(delta.text)]
 
 
+async def test_an_answer_ends_when_the_engine_ends_it_however_late_it_is_read() -> None:
+    stream = make()
+    stream.push(IDS[0], FinishReason.LENGTH)
+    ended = stream.ended_at
+    assert ended > 0
+    await stream.take()
+    assert stream.ended_at == ended
+
+
 async def test_what_is_pending_is_bounded_by_the_answer_itself() -> None:
     stream = make()
     for _ in range(10_000):
