@@ -62,6 +62,8 @@ class StubEngine:
     frozen: threading.Event = field(default_factory=threading.Event)
     """While set, no step ends: a hung engine."""
     cached_blocks: int = 7
+    cached_tokens: int = 0
+    """Of each prompt, so many need not be computed."""
     fail_at: int | None = None
     """Requests end with ERROR at this token."""
 
@@ -122,7 +124,8 @@ class StubEngine:
         self._admit()
         for request_id, sequence in list(self._running.items()):
             if sequence.produced == 0:
-                started.append(RequestStarted(request_id, 0, began - sequence.arrived, now - began))
+                queued, prefill = began - sequence.arrived, now - began
+                started.append(RequestStarted(request_id, self.cached_tokens, queued, prefill))
             else:
                 self._gaps.add(now - sequence.token_at)
             sequence.token_at = now

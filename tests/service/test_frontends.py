@@ -156,6 +156,32 @@ async def test_a_killed_frontend_loses_its_own_streams_alone_and_is_replaced() -
         await until_idle(served)
 
 
+async def test_the_engine_ends_what_lost_frontends_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("STUB_STEP_S", "0.2")  # each would run for 20 s
+    async with serving(frontends=2) as served, streaming(served):
+        for frontend in frontends():
+            frontend.kill()
+        await until_idle(served)
+
+
+async def test_a_replacement_knows_no_model_that_has_been_unloaded() -> None:
+    async with serving(frontends=2) as served, admin_of(served) as admin:
+        await admin.LoadModel(admin_pb2.LoadModelRequest(name="late", path=str(EMBEDDED_MODEL)))
+        await admin.UnloadModel(admin_pb2.UnloadModelRequest(name="late"))
+        doomed = frontends()[0]
+        doomed.kill()
+        await until_frontends(2, without=doomed)
+        request = generation_pb2.GenerateRequest(text="abc", model="late")
+        async with streaming(served) as streams:
+            for stream in streams:
+                stub = generation_pb2_grpc.GenerationServiceStub(stream.channel)
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await stub.Generate(request)
+                assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
 async def test_a_stopped_frontend_is_replaced_and_the_engine_goes_on_for_the_others() -> None:
     async with serving(frontends=2, engine_timeout=1.0) as served:
         async with streaming(served) as streams:
@@ -226,6 +252,7 @@ async def test_a_lost_engine_is_lost_and_replaced_for_all_frontends() -> None:
         async with streaming(served) as streams:
             assert len(streams) >= 4
         await until_idle(served)
+        assert (await served.scrape())["zllm:engine_restarts_total", "stub"] == 1
 
 
 async def test_operators_reach_every_frontend() -> None:

@@ -16,6 +16,7 @@ from google.rpc import error_details_pb2, status_pb2
 from tests.service.stub_server import STUB, answers, serving
 from zllm.clients.aio import AsyncClient
 from zllm.errors import Unavailable
+from zllm.service import restarts
 from zllm.service.serve import ENGINE_LOST
 from zllm.v1 import generation_pb2, generation_pb2_grpc
 
@@ -115,6 +116,32 @@ async def test_an_engine_that_never_comes_back_ends_the_server_with_its_own_code
         served.engine().kill()
         async with asyncio.timeout(20):
             assert await served.task == ENGINE_LOST == 3
+
+
+async def test_loads_that_take_long_to_fail_are_failures_in_a_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Each takes longer than an engine must live to have recovered.
+    monkeypatch.setattr(restarts, "STEADY_S", 0.01)
+    once = ONCE.format(mark=str(tmp_path / "mark"), stub=str(STUB))
+    command = (sys.executable, "-c", once)
+    async with serving(command, max_restarts=2, restart_backoff=0.001) as served:
+        served.engine().kill()
+        async with asyncio.timeout(20):
+            assert await asyncio.shield(served.task) == ENGINE_LOST
+
+
+async def test_an_engine_that_lived_long_enough_has_recovered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(restarts, "STEADY_S", 0.2)
+    async with serving(max_restarts=1, restart_backoff=0.1) as served:
+        for _ in range(3):
+            await asyncio.sleep(0.3)
+            served.engine().kill()
+            await served.until_health(False)
+            await served.until_health(True)
+        await answers(served.target)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])

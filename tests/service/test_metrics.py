@@ -18,6 +18,7 @@ from tests.service.stub_engine import StubEngine
 from tests.service.stub_server import answers, serving
 from zllm.clients.aio import AsyncClient
 from zllm.errors import InvalidRequest, Overloaded, Unauthenticated, Unavailable, UnknownModel
+from zllm.runtime.embedded import EMBEDDED_MODEL
 from zllm.service.config import ServerConfig
 from zllm.service.metrics import FINISHED_REASONS, REFUSALS
 from zllm.v1 import admin_pb2
@@ -120,7 +121,7 @@ async def test_every_series_of_a_model_is_there_before_its_first_event() -> None
 
 
 async def test_a_finished_request_is_counted_and_timed() -> None:
-    async with running(StubEngine(step_s=0.005)) as server:
+    async with running(StubEngine(step_s=0.005, cached_tokens=2)) as server:
         stream = server.client.stream([5, 6, 7], max_tokens=20)
         async for _ in stream:
             pass
@@ -153,6 +154,7 @@ async def test_a_finished_request_is_counted_and_timed() -> None:
         inference = seconds["request_prefill_time"] + seconds["request_decode_time"]
         assert seconds["request_inference_time"] == pytest.approx(inference)
         assert value(server, "prompt_tokens_total") == 3
+        assert value(server, "prompt_tokens_cached_total") == 2
         assert value(server, "request_prompt_tokens_sum") == 3
         assert value(server, "generation_tokens_total") == 20
         assert value(server, "request_generation_tokens_sum") == 20
@@ -290,6 +292,15 @@ async def test_an_unloaded_models_series_end() -> None:
         await server.client.generate("abc", max_tokens=1)
         await server.server.remove("stub")
         assert "stub" not in generate_latest(server.server.metrics.registry).decode()
+
+
+async def test_the_series_of_a_model_that_comes_again_begin_at_zero() -> None:
+    async with running() as server:
+        await server.client.generate("abc", max_tokens=1)
+        await server.server.remove("stub")
+        await server.server.expect("stub", EMBEDDED_MODEL)
+        assert value(server, "request_success_total", finished_reason="length") == 0
+        assert value(server, "time_to_first_token_seconds_count") == 0
 
 
 class NVMLError(Exception):

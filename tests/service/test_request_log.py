@@ -61,8 +61,8 @@ class Lines:
         return self.all()[number - 1]
 
 
-def speaking() -> StubEngine:
-    return StubEngine(script=SCRIPT)
+def speaking(**options: int) -> StubEngine:
+    return StubEngine(script=SCRIPT, **options)
 
 
 async def test_who_is_refused_first_is_logged_with_id_and_the_model_that_the_key_allows(
@@ -93,7 +93,7 @@ async def test_an_id_that_is_refused_for_its_length_does_not_fill_the_log(lines:
 
 
 async def test_a_request_is_one_line_with_ids_counts_and_times(lines: Lines) -> None:
-    async with running(speaking(), observers=[RequestLog()]) as server:
+    async with running(speaking(cached_tokens=2), observers=[RequestLog()]) as server:
         answer = await server.client.generate(SECRET, request_id="mine")
         line = await lines.next()
     times = {name: line.pop(name) for name in ("queue_time", "time_to_first_token", "e2e_latency")}
@@ -104,7 +104,7 @@ async def test_a_request_is_one_line_with_ids_counts_and_times(lines: Lines) -> 
         "code": "OK",
         "finish_reason": "eos",
         "prompt_tokens": answer.usage.prompt_tokens,
-        "cached_tokens": 0,
+        "cached_tokens": 2,
         "output_tokens": len(SCRIPT) + 1,
     }
     assert 0 <= times["queue_time"] <= times["time_to_first_token"] <= times["e2e_latency"]
