@@ -100,10 +100,6 @@ def _answering(
         except ZllmError as error:
             call.code, call.error = code_of(error), error
             await abort(context, error)
-        except NotImplementedError:
-            # gRPC's own servicers inherit the methods that they lack.
-            call.code = grpc.StatusCode.UNIMPLEMENTED
-            await abort(context, _not_here(getattr(function, "__name__", "the method")))
         except grpc.aio.AbortError:
             raise
         except asyncio.CancelledError:
@@ -150,10 +146,6 @@ def _answering(
 
 def _missing(method: MethodDescriptor) -> Method:
     async def refuse(request: Any, context: Context) -> Any:
-        raise _not_here(method.name)
+        raise UnsupportedRequest(method.name, "this server does not implement it yet")
 
     return refuse
-
-
-def _not_here(name: str) -> UnsupportedRequest:
-    return UnsupportedRequest(name, "this server does not implement it yet")
