@@ -149,7 +149,6 @@ async def soak(minutes: float, device: str) -> dict[str, Any]:
         "before": asdict(before),
         "after": asdict(after),
         "exit_code": exit_code,
-        "preemptions": after.preemptions,
         "not_flat": not_flat(before, after, samples),
         "samples": {f.name: [getattr(s, f.name) for s in samples] for f in fields(Sample)},
     }

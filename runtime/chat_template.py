@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from multiprocessing import Pipe
 from pathlib import Path
 from signal import SIGALRM
@@ -179,19 +180,18 @@ def _sources(folder: Path, configured: Any) -> dict[str, str]:
             return {"default": file.read_text(encoding="utf-8")}
     except (OSError, ValueError) as error:
         raise ModelLoadError(f"{file} cannot be read: {error}") from None
-    sources = {"default": configured} if isinstance(configured, str) else {}
-    try:
-        if isinstance(configured, list):
-            sources = {entry["name"]: entry["template"] for entry in configured}
-        elif configured and not sources:
-            raise TypeError(configured)
-        if not all(isinstance(source, str) for source in sources.values()):
-            raise TypeError(configured)
-    except (KeyError, TypeError):
+    if not configured:
+        return {}
+    if isinstance(configured, str):
+        return {"default": configured}
+    sources: dict[str, Any] | None = None
+    with suppress(KeyError, TypeError):
+        sources = {entry["name"]: entry["template"] for entry in configured}
+    if sources is None or not all(isinstance(source, str) for source in sources.values()):
         raise ModelLoadError(
             f"{folder / 'tokenizer_config.json'}: chat_template must be a text, or a list of texts "
             "with a name and a template each"
-        ) from None
+        )
     return sources
 
 

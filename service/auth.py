@@ -63,8 +63,7 @@ def load_keys(file: str) -> dict[bytes, Grant]:
         content = yaml.safe_load(Path(file).read_text())
     except OSError as error:
         raise ConfigError(f"{where}: {error.strerror}; name a YAML or JSON file") from None
-    except (yaml.YAMLError, ValueError, RecursionError):
-        # Such as a month 13, or what is no UTF-8. The parser's own words quote the file.
+    except Exception:  # a month 13, a tag's reader, no UTF-8 ... whose own words quote the file
         raise ConfigError(f"{where}: it is neither YAML nor JSON") from None
     entries = content.get("keys") if isinstance(content, dict) else None
     if not isinstance(entries, list) or not entries:

@@ -188,5 +188,6 @@ class Engines:
 
     def _end_if_all_lost(self) -> None:
         words = [model.last_words for model in self._models.values() if not model.leaving]
-        if words and words[-1] is not None and None not in words and not self._last_words.done():
-            self._last_words.set_result(words[-1])
+        lost = [word for word in words if word is not None]
+        if lost and lost == words and not self._last_words.done():
+            self._last_words.set_result(lost[-1])

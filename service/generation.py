@@ -124,7 +124,7 @@ class GenerationService:
             raise RequestExists("request_id", f"{request_id[:200]!r} is that of a live request")
         self._live[tenant, request_id] = None
         self._idle.clear()
-        current_call().request_id = request_id[:MAX_REQUEST_ID_CHARS]
+        current_call().request_id = current_call().request_id or request_id
         return request_id
 
     def _free_id(self, tenant: str) -> str:
@@ -147,7 +147,6 @@ class GenerationService:
     ) -> Run:
         caller = current_caller()
         model = caller.find(self._models, request.model)
-        current_call().model = model.name
         options = check_options(request, model, self._queue_timeout)
         prompt = await prompt_ids(request, model)
         if self.drained:

@@ -35,20 +35,25 @@ class Health:
         self._status: dict[str, Any] = {}
         self._shut = False
         self._changed = asyncio.Event()
+        self.set(False, {})
 
     def set(self, serving: bool, models: Mapping[str, bool]) -> None:
         """A model that is not among these is known no more."""
-        up = {ALIVE: True} | dict.fromkeys(SERVICES, serving and not self._shut)
-        up |= {MODEL_PREFIX + name: ok and not self._shut for name, ok in models.items()}
-        self._status = {name: _SERVING if ok else _NOT_SERVING for name, ok in up.items()}
-        self._changed.set()
-        self._changed = asyncio.Event()
+        services = dict.fromkeys(SERVICES, serving)
+        self._tell(services | {MODEL_PREFIX + name: ok for name, ok in models.items()})
 
     def shut_down(self) -> None:
         """NOT_SERVING for good."""
         self._shut = True
-        prefix = len(MODEL_PREFIX)
-        self.set(False, {n[prefix:]: False for n in self._status if n.startswith(MODEL_PREFIX)})
+        self._tell(dict.fromkeys(self._status, False))
+
+    def _tell(self, up: Mapping[str, bool]) -> None:
+        self._status = {
+            name: _SERVING if ok and not self._shut else _NOT_SERVING for name, ok in up.items()
+        }
+        self._status[ALIVE] = _SERVING
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     async def Check(
         self, request: health_pb2.HealthCheckRequest, context: Context

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 
 from zllm.errors import ConfigError
 from zllm.runtime.config import EngineConfig
@@ -28,6 +29,22 @@ def pause_after(failures: int, backoff: float) -> float:
     """Seconds to wait after so many failures in a row: `backoff`, doubled with each."""
     # As a float, a power of so many as there may be would overflow.
     return min(backoff * 2.0 ** min(failures - 1, 30), MAX_BACKOFF_S)
+
+
+@asynccontextmanager
+async def _turn(lock: asyncio.Lock, patience: float | None) -> AsyncIterator[None]:
+    """With the lock, or without it once `patience` seconds have passed."""
+    held = True
+    try:
+        async with asyncio.timeout(patience):
+            await lock.acquire()
+    except TimeoutError:
+        held = False
+    try:
+        yield
+    finally:
+        if held:
+            lock.release()
 
 
 class KeptEngine:
@@ -56,33 +73,19 @@ class KeptEngine:
     def healthy(self) -> bool:
         return self._process is not None and self._process.client.healthy
 
-    async def start(self) -> EngineReady:
-        """Returns when the engine serves. Raises ConfigError with what it said."""
-        async with self._loading:
-            return await self._start()
-
-    async def _start(self) -> EngineReady:
-        self._process = process = EngineProcess(
-            self._config,
-            timeout=self._server.engine_timeout,
-            keep_socket=self._server.frontends > 1,
-            command=self._command,
-        )
-        self.ready = ready = await process.start(self._server.load_timeout)
+    async def start(self, patience: float | None = None) -> EngineReady:
+        """Returns when the engine serves. Raises ConfigError with what it said. Waits no longer
+        than `patience` seconds for other models' loads, where it is given."""
+        async with _turn(self._loading, patience):
+            self._process = process = EngineProcess(
+                self._config,
+                timeout=self._server.engine_timeout,
+                keep_socket=self._server.frontends > 1,
+                command=self._command,
+            )
+            self.ready = ready = await process.start(self._server.load_timeout)
         await self._add(ready, process.client)
         return ready
-
-    async def _restart(self) -> None:
-        try:
-            async with asyncio.timeout(OTHER_LOAD_S):
-                await self._loading.acquire()
-        except TimeoutError:
-            await self._start()  # a load that hangs is not to keep a model away that served
-            return
-        try:
-            await self._start()
-        finally:
-            self._loading.release()
 
     async def keep(self) -> str:
         """Restarts the engine whenever it is lost; returns how it went the last time, after more
@@ -99,7 +102,8 @@ class KeptEngine:
             log.error("%s; restart %d in %.1f s", why, failures, pause)
             await asyncio.sleep(pause)
             try:
-                await self._restart()
+                # A load that hangs is not to keep a model away that served.
+                await self.start(OTHER_LOAD_S)
                 began = loop.time()
                 why = await self._until_lost()
             except ConfigError as error:

@@ -21,8 +21,9 @@ class StatsLog:
         """For ever; an interval of 0 tells nothing."""
         while interval > 0:
             await asyncio.sleep(interval)
-            for model in (model for model in self._models() if model.engine.healthy):
-                self._tell(model.name, model.engine.load, interval)
+            for model in self._models():
+                if model.engine.healthy:
+                    self._tell(model.name, model.engine.load, interval)
 
     def _tell(self, name: str, load: Load, seconds: float) -> None:
         last = self._last.get(name, Load())

@@ -190,7 +190,9 @@ async def test_an_entry_of_zeros_lets_nobody_in(tmp_path: Path) -> None:
             await client.generate("abc")
 
 
-@pytest.mark.parametrize("text", ["keys: 2026-13-45", "[" * 5000, "keys: !!int x"])
+@pytest.mark.parametrize(
+    "text", ["keys: 2026-13-45", "[" * 5000, "keys: !!int x", "keys: !!bool x"]
+)
 def test_whatever_the_parser_raises_is_a_bad_file(tmp_path: Path, text: str) -> None:
     (tmp_path / "keys.yaml").write_text(text)
     with pytest.raises(ConfigError, match="neither YAML nor JSON"):
