@@ -30,6 +30,9 @@ template <int Size> struct RingPlace {
   }
 };
 
+// How the L2 is to treat what a copy brings (sm_90; PTX ISA, "createpolicy").
+constexpr u64 kEvictNormal = 0x1000000000000000, kEvictFirst = 0x12f0000000000000;
+
 #if __CUDA_ARCH__ >= 900
 __device__ __forceinline__ void barrier_init(u32 barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
@@ -61,6 +64,14 @@ __device__ __forceinline__ void barrier_arrive_after_copies(u32 barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 // `bytes` is a multiple of 16, both ends are aligned to 16.
+__device__ __forceinline__ void bulk_copy(u32 to, const void* from, u32 bytes, u32 barrier,
+                                          u64 policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], "
+      "%2, [%3], %4;" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
+      : "memory");
+}
 __device__ __forceinline__ void bulk_copy(u32 to, const void* from, u32 bytes, u32 barrier) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(

@@ -31,6 +31,9 @@ template <int Warps, int Stages, int RunBytes> class BlockRing {
 #endif
   }
 
+  // Blocks fetched from now on are the first to leave the L2.
+  __device__ void spare_l2() { policy_ = kEvictFirst; }
+
   // Starts the copy of a block's runs into the next stage to fill. Every lane has read what that
   // stage held.
   __device__ void fetch(const u8* keys, const u8* values) {
@@ -40,8 +43,8 @@ template <int Warps, int Stages, int RunBytes> class BlockRing {
     if (lane() == 0) {
       const u32 barrier = barriers_ + fill_ * 8;
       barrier_expect(barrier, 2 * RunBytes);
-      bulk_copy(stage, keys, RunBytes, barrier);
-      bulk_copy(stage + RunBytes, values, RunBytes, barrier);
+      bulk_copy(stage, keys, RunBytes, barrier, policy_);
+      bulk_copy(stage + RunBytes, values, RunBytes, barrier, policy_);
     }
 #else
     __syncwarp();
@@ -84,5 +87,6 @@ template <int Warps, int Stages, int RunBytes> class BlockRing {
   u32 data_;
   u32 barriers_;
   int fill_ = 0;
+  u64 policy_ = kEvictNormal;
   RingPlace<Stages> read_;
 };

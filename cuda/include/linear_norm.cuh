@@ -15,63 +15,90 @@ template <typename T> struct ScaledResidual {
 
 // Ends the `count` columns from `first` on, a multiple of 8: adds the partial sums of the cluster's
 // Split blocks, [Rows][Columns + 4] each, and the residual. The block of this rank has whole rows,
-// of 8 lanes. Called by the block's first Threads threads; begins and ends with a barrier among
-// them, or, with Split, of the whole cluster.
-template <int Rows, int Columns, int Split, int Threads, typename T>
-__device__ __forceinline__ void finish_scaled(const ScaledResidual<T>& to, int first, int count,
-                                              const float* partials, u32 rank) {
-  constexpr int lanes = 8, vectors = Columns / 4, each = (vectors + lanes - 1) / lanes;
-  constexpr int at_once = Threads / lanes;
-  constexpr int rounds = (Rows + at_once * Split - 1) / (at_once * Split);
-  const int lane = threadIdx.x % lanes;
-  const auto row_of = [&](int round) {
-    return static_cast<int>((round * Split + rank) * at_once + threadIdx.x / lanes);
-  };
-  const auto column_of = [&](int j) { return (j * lanes + lane) * 4; };
-  // What was there is asked for before the sums are waited for.
-  uint2 old[rounds][each] = {}, gains[each] = {};
+// of 8 lanes. Called by the block's first Threads threads.
+template <int Rows, int Columns, int Split, int Threads, typename T> class ScaledEnd {
+  static constexpr int kLanes = 8, kVectors = Columns / 4, kAtOnce = Threads / kLanes;
+  static constexpr int kEach = (kVectors + kLanes - 1) / kLanes;
+  static constexpr int kRounds = (Rows + kAtOnce * Split - 1) / (kAtOnce * Split);
+
+ public:
+  // Registers that hold what was there.
+  static constexpr int kRegisters = 2 * kEach * (kRounds + 1);
+
+  __device__ ScaledEnd(int first, int count, u32 rank)
+      : first_(first), count_(count), row_(rank * kAtOnce + threadIdx.x / kLanes),
+        column_(threadIdx.x % kLanes * 4) {}
+
+  // Asks for what was there, before the sums are waited for.
+  __device__ __forceinline__ void ask(const ScaledResidual<T>& to) {
 #pragma unroll
-  for (int j = 0; j < each; ++j) {
-    const int o = column_of(j);
-    if (o >= count) continue;
-    gains[j] = *reinterpret_cast<const uint2*>(to.gains + first + o);
+    for (int j = 0; j < kEach; ++j) {
+      const int o = column_ + j * kLanes * 4;
+      gains_[j] = load_here(to.gains + first_ + o, o < count_);
 #pragma unroll
-    for (int i = 0; i < rounds; ++i)
-      if (row_of(i) < to.m)
-        old[i][j] = *reinterpret_cast<const uint2*>(to.residual +
-                                                    static_cast<i64>(row_of(i)) * to.n + first + o);
-  }
-  if constexpr (Split > 1)
-    sync_cluster();
-  else
-    sync_group<Threads>(0);
-#pragma unroll
-  for (int i = 0; i < rounds; ++i) {
-    const int row = row_of(i);
-    float squares = 0.f;
-#pragma unroll
-    for (int j = 0; j < each; ++j) {
-      const int o = column_of(j);
-      if (row >= to.m || o >= count) continue;
-      const float4 sum = sum_of_parts<Split, 1, 0>(partials + row * (Columns + 4) + o);
-      const float2 low = unpack<T>(old[i][j].x), high = unpack<T>(old[i][j].y);
-      const uint2 h = {pack<T>(sum.x + low.x, sum.y + low.y),
-                       pack<T>(sum.z + high.x, sum.w + high.y)};
-      squares += sum_of_squares<T>(h);  // of what is stored, as the next layer will see it
-      const i64 place = static_cast<i64>(row) * to.n + first + o;
-      *reinterpret_cast<uint2*>(to.out + place) = h;
-      *reinterpret_cast<uint2*>(to.scaled + place) = product<T>(h, gains[j]);
+      for (int i = 0; i < kRounds; ++i)
+        old_[i][j] = load_here(to.residual + place(to, i, o), o < count_ && row(i) < to.m);
     }
-#pragma unroll
-    for (int offset = lanes / 2; offset > 0; offset >>= 1)
-      squares += __shfl_xor_sync(0xffffffffu, squares, offset);
-    if (lane == 0 && row < to.m) to.squares[row] = squares;
   }
-  if constexpr (Split > 1)
-    sync_cluster_relaxed();
-  else
-    sync_group<Threads>(0);
-}
+  // Begins and ends with a barrier among the threads, or, with Split, of the whole cluster.
+  __device__ __forceinline__ void finish(const ScaledResidual<T>& to, const float* partials) {
+    if constexpr (Split > 1)
+      sync_cluster();
+    else
+      sync_group<Threads>(0);
+#pragma unroll
+    for (int i = 0; i < kRounds; ++i) {
+      float squares = 0.f;
+#pragma unroll
+      for (int j = 0; j < kEach; ++j) {
+        const int o = column_ + j * kLanes * 4;
+        if (row(i) >= to.m || o >= count_) continue;
+        const float4 sum = sum_of_parts<Split, 1, 0>(partials + row(i) * (Columns + 4) + o);
+        const float2 low = unpack<T>(arrived(old_[i][j].x)), high = unpack<T>(arrived(old_[i][j].y));
+        const uint2 h = {pack<T>(sum.x + low.x, sum.y + low.y),
+                         pack<T>(sum.z + high.x, sum.w + high.y)};
+        squares += sum_of_squares<T>(h);  // of what is stored, as the next layer will see it
+        const uint2 gains = {arrived(gains_[j].x), arrived(gains_[j].y)};
+        *reinterpret_cast<uint2*>(to.out + place(to, i, o)) = h;
+        *reinterpret_cast<uint2*>(to.scaled + place(to, i, o)) = product<T>(h, gains);
+      }
+#pragma unroll
+      for (int offset = kLanes / 2; offset > 0; offset >>= 1)
+        squares += __shfl_xor_sync(0xffffffffu, squares, offset);
+      if (column_ == 0 && row(i) < to.m) to.squares[row(i)] = squares;
+    }
+    if constexpr (Split > 1)
+      sync_cluster_relaxed();
+    else
+      sync_group<Threads>(0);
+  }
+
+ private:
+  __device__ __forceinline__ int row(int round) const { return row_ + round * Split * kAtOnce; }
+  __device__ __forceinline__ i64 place(const ScaledResidual<T>& to, int round, int o) const {
+    return static_cast<i64>(row(round)) * to.n + first_ + o;
+  }
+  // A load that stands where it is written, and whose words the compiler does not take apart, which
+  // would be to wait for them, before arrived().
+  static __device__ __forceinline__ uint2 load_here(const void* from, bool exists) {
+    uint2 x;
+    asm volatile(
+        "{\n.reg .pred exists;\nsetp.ne.b32 exists, %3, 0;\n"
+        "mov.b32 %0, 0;\nmov.b32 %1, 0;\n"
+        "@exists ld.global.v2.b32 {%0, %1}, [%2];\n}"
+        : "=&r"(x.x), "=&r"(x.y)
+        : "l"(from), "r"(static_cast<int>(exists))
+        : "memory");
+    return x;
+  }
+  static __device__ __forceinline__ u32 arrived(u32 word) {
+    asm volatile("" : "+r"(word));
+    return word;
+  }
+
+  int first_, count_, row_, column_;
+  uint2 old_[kRounds][kEach], gains_[kEach];
+};
 
 // What rows [0, rows) of the x that a product takes are multiplied with, to `factors`, by Threads
 // threads, of which this is number `thread`. squares: [parts][stride]; k: columns of x.

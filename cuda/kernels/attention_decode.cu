@@ -15,6 +15,8 @@
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * 32;
 constexpr int kRingBytes = block_ring_bytes(kWarps, STAGES, kRunBytes);
+// What a thread block reads at most where the L2 is spared.
+constexpr int kSparing = 3 << 20;
 constexpr int kPadded = HEAD_DIM + 4;  // floats of a head in shared memory: no bank conflicts
 
 struct Partial {
@@ -150,6 +152,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS_PER_SM)
   // The plan was there before the kernel before this one began (attention_plan.cu), and so was all
   // of the cache but the step's own tokens.
   const DecodeShare share = load_share(shares + blockIdx.x);
+  // All blocks together would drive out of the L2 what the next kernels read, attention's own
+  // results among it. Where they are so many that this matters little, they are read faster if
+  // they may.
+  if (share.share < kSparing / (2 * kRunBytes)) ring.spare_l2();
   Walk walk(share);
   Fetcher fetcher(share, block_table, table_stride);
   const auto fetch = [&] {

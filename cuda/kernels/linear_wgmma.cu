@@ -112,6 +112,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       copy_box_once(to, w_map, column_of(step), tile * COLUMNS, barrier);
   };
   if (producer) {
+    prefetch_map(x_map);
     for (int s = 0; s < STAGES; ++s) {
       barrier_init(full + s * 8, 1);
       barrier_init(empty + s * 8, WARPGROUPS);
@@ -175,6 +176,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     return SWAPPED ? m_side + t / PIECES * 64 + i / 2 % 2 * 8 : n_side + i / 4 * 8 + i % 2;
   };
 
+  const i64 above = static_cast<i64>(row) * n;
+  const int rows = min(m - row, x_rows);
+  using End = ScaledEnd<ROWS, CHUNK, SPLIT, CONSUMERS, SCALAR>;
+  constexpr bool EARLY = SCALED && COLUMNS == CHUNK && End::kRegisters <= 16;
+  const auto end_of = [&](int c) {
+    const int start = tile * COLUMNS + c * CHUNK;
+    return End(start, max(min(CHUNK, n - start), 0), part);
+  };
+  const auto scaled_of = [&](int c) {
+    const i64 chunk = tile * (COLUMNS / CHUNK) + c;
+    return ScaledResidual<SCALAR>{
+        out + above, residual + above, scaled + above, gains, squares + chunk * m + row, rows, n};
+  };
+  End early = end_of(0);
+  if constexpr (EARLY) early.ask(scaled_of(0));
+
   float acc[TILES * PIECES][SUMS] = {};
   RingPlace<STAGES> slot;
   int previous = 0;
@@ -207,8 +224,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #pragma unroll
       for (int i = 0; i < SUMS; ++i) acc[t][i] *= factors[row_at(t, i)];
   }
-  const i64 above = static_cast<i64>(row) * n;
-  const Epilogue<SCALAR> to{out + above, residual + above, 0.f, min(m - row, x_rows), n, k};
+  const Epilogue<SCALAR> to{out + above, residual + above, 0.f, rows, n, k};
   if constexpr (SPLIT == 1 && !ADD) {
     SCALAR* const staged = reinterpret_cast<SCALAR*>(shared);
     // Of 16 rows of W, 8 are the gate's, and then come their 8 of the up projection.
@@ -238,20 +254,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
           if (SWAPPED ? column < 0 || column >= CHUNK : i / 4 * 8 / CHUNK != c) continue;
           store_two<PITCH>(staged + row_at(t, i) * PITCH + column, acc[t][i], acc[t][i + 1]);
         }
-      constexpr int outputs = OUTPUTS * CHUNK / COLUMNS;
-      const int start = tile * OUTPUTS + c * outputs;
-      if constexpr (SCALED) {
-        const int chunk = tile * (COLUMNS / CHUNK) + c;
-        const ScaledResidual<SCALAR> to_scaled{out + above,
-                                               residual + above,
-                                               scaled + above,
-                                               gains,
-                                               squares + static_cast<i64>(chunk) * m + row,
-                                               to.m,
-                                               n};
-        const int count = max(min(CHUNK, n - start), 0);
-        finish_scaled<ROWS, CHUNK, SPLIT, CONSUMERS>(to_scaled, start, count, staged, part);
+      if constexpr (EARLY) {
+        early.finish(scaled_of(c), staged);
+      } else if constexpr (SCALED) {
+        End end = end_of(c);
+        end.ask(scaled_of(c));
+        end.finish(scaled_of(c), staged);
       } else {
+        constexpr int outputs = OUTPUTS * CHUNK / COLUMNS;
+        const int start = tile * OUTPUTS + c * outputs;
         finish_tile<CHUNK, ROWS, 1, SPLIT, CONSUMERS / 32, false, ADD, GATED>(
             to, Tile{start, max(min(outputs, n - start), 0)}, staged, nullptr, part);
       }
