@@ -18,6 +18,8 @@ UNIT = 8
 _MOST_COLUMNS = 192
 _LIGHT = 7_000_000
 """Elements of a weight that is read before a deep ring is full."""
+_LONG = 2048
+"""k from which on it is divided where W is short."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,10 @@ def tiled_plan(
     """For 1 to TILE_ROWS[-1] rows of x and n of W, counted in W's rows also where two make one
     output. `clusters_of_4`: those that run at once, of blocks that have a multiprocessor each."""
     unit = 2 * UNIT if gated else UNIT
-    light = m <= 64 and n * k <= _LIGHT  # so start early instead
+    long = k >= _LONG
+    # What is read before a deep ring is full starts early instead, unless k is long; with more rows
+    # that helps only where k is divided.
+    light = n * k <= _LIGHT and k <= _LONG and m <= (128 if long else 64)
     blocks = {1: num_sms, 2: num_sms // 2, 4: num_sms // 8 * 2 if light else clusters_of_4}
     size = next(size for size in TILE_ROWS if m <= size)
     rows, high = _ceil(size, 64) * 64, 1
@@ -195,11 +200,11 @@ def tiled_plan(
     if rows == 256 and columns(2) <= _MOST_COLUMNS:  # as many blocks as two rows of tiles leave
         rows, high, enough, most = 128, 2, 72, 2
     split = 1
-    while columns(split) < enough and split < most and k >= 2048:
+    while long and columns(split) < enough and split < most:
         split *= 2
     wide = columns(split)
     if wide > _MOST_COLUMNS:  # a head: tile after tile
-        wide = 64 if rows == 64 and k >= 2048 else 128
+        wide = 64 if rows == 64 and long else 128
     plan = Tiled(rows, wide, split, 2 if light else 1)
     swapped = _swapped_plan(size, n, k, blocks)
     return swapped if swapped and swapped.cycles(size) < plan.cycles(size) else plan
@@ -209,7 +214,7 @@ def _swapped_plan(size: int, n: int, k: int, blocks: dict[int, int]) -> Tiled | 
     """For `size` rows of x, as few of W in a tile as keep all blocks at work at once. None where
     it was not faster in a chain, whatever the count of cycles."""
     tiles = _ceil(n, 64)
-    split = 2 if tiles <= blocks[2] and k >= 2048 else 1
+    split = 2 if tiles <= blocks[2] and k >= _LONG else 1
     plan = Tiled(size, _ceil(tiles, blocks[split]) * 64, split, 1, swapped=True)
     most_sums = 224 if plan.columns > 128 else 256  # of a column, in registers
     faster = size > 128 or (64 < size < 128 and split == 1)

@@ -97,6 +97,21 @@ def test_sides_are_swapped_where_that_moves_less_through_shared_memory() -> None
     assert Tiled(144, 64, 2, 1, swapped=True).cycles(144) == (16 + 144 / 4 + (144 + 64) / 4) / 2
 
 
+def test_small_weights_start_beside_the_kernel_before_them() -> None:
+    """Two blocks a multiprocessor, unless k is long: with more than 64 rows, where k is divided."""
+
+    def plan(m: int, n: int, k: int) -> Tiled:
+        return tiled_plan(m, n, k, SMS, CLUSTERS_OF_4)
+
+    assert plan(64, 4096, 1024) == Tiled(64, 32, 1, 2)
+    assert plan(65, 4096, 1024).blocks_per_sm == 1
+    assert plan(64, 1024, 2048) == Tiled(64, 32, 4, 2)
+    assert plan(128, 1024, 2048) == Tiled(128, 32, 4, 2)
+    assert plan(129, 1024, 2048).blocks_per_sm == 1
+    assert plan(64, 1024, 3072) == Tiled(64, 40, 4, 1)
+    assert plan(64, 6144, 2560).blocks_per_sm == 1
+
+
 def test_a_head_is_taken_tile_after_tile() -> None:
     assert tiled_plan(64, 151936, 1024, SMS, CLUSTERS_OF_4) == Tiled(64, 128, 1, 1)
     assert tiled_plan(64, 151936, 4096, SMS, CLUSTERS_OF_4) == Tiled(64, 64, 1, 1)
