@@ -321,6 +321,7 @@ __device__ __forceinline__ void consume(Items items, Addresses at, SCALAR* out, 
     barrier_wait(at.values_full(value_stage.index), value_stage.parity);
     if (last && finished.valid_keys < kTileKeys)
       clear_values(at.values(value_stage.index), finished.valid_keys, group);
+    wgmma_fence();
     multiply_values(o, p, at.values(value_stage.index));
     wgmma_commit();
     pass_turn(group);
