@@ -321,7 +321,7 @@ __device__ __forceinline__ void consume(Items items, Addresses at, SCALAR* out, 
     barrier_wait(at.values_full(value_stage.index), value_stage.parity);
     if (last && finished.valid_keys < kTileKeys)
       clear_values(at.values(value_stage.index), finished.valid_keys, group);
-    wgmma_fence();
+    wgmma_fence();  // once more, behind a branch: the assembler would, and warn
     multiply_values(o, p, at.values(value_stage.index));
     wgmma_commit();
     pass_turn(group);

@@ -179,6 +179,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   const i64 above = static_cast<i64>(row) * n;
   const int rows = min(m - row, x_rows);
   using End = ScaledEnd<ROWS, CHUNK, SPLIT, CONSUMERS, SCALAR>;
+  // Whether registers can hold what was there while the product runs.
   constexpr bool EARLY = SCALED && COLUMNS == CHUNK && End::kRegisters <= 16;
   const auto end_of = [&](int c) {
     const int start = tile * COLUMNS + c * CHUNK;
