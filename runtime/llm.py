@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import reprlib
 import secrets
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from zllm.errors import ConfigError, InvalidRequest, Overloaded
+from zllm.errors import ConfigError, EngineError, InvalidRequest, Overloaded
 from zllm.runtime.chat_template import ChatTemplate, load_chat_template
 from zllm.runtime.config import EngineConfig
 from zllm.runtime.detokenizer import Detokenizer
@@ -59,7 +61,8 @@ class LLM:
         outputs = llm.generate(["Hello"], SamplingParams(max_tokens=20))
 
     Options are the fields of EngineConfig. Raises ConfigError where the engine cannot start. A
-    model folder without a tokenizer takes token ids alone.
+    model folder without a tokenizer takes token ids alone. Threads that share one take turns, a
+    whole call each.
     """
 
     def __init__(self, model: str | Path | None = None, **options: Any) -> None:
@@ -77,6 +80,9 @@ class LLM:
         self.engine = Engine(config)
         self._next_id = 1
         self._live: dict[int, _Live] = {}
+        self._closed = False
+        # The engine is for one thread, and a call steps until no request is left.
+        self._turn = threading.Lock()
 
     def generate(
         self,
@@ -112,8 +118,14 @@ class LLM:
         return self._generate(prompts, sampling_params, add_special_tokens=False)
 
     def close(self) -> None:
-        """Release the device's memory."""
-        self.engine.close()
+        """Release the device's memory, after the call that runs. Closing twice is no error."""
+        with self._turn:
+            if self._closed:
+                return
+            self._closed = True
+            self.engine.close()
+            if self.chat_template is not None:
+                self.chat_template.close()
 
     def _generate(
         self,
@@ -131,10 +143,18 @@ class LLM:
             raise InvalidRequest(
                 "sampling", f"{len(params)} for {len(many)} prompts: give one, or one for each"
             )
+        with self._turn:
+            if self._closed:
+                raise EngineError("the LLM is closed: make a new one")
+            return self._run(many, params, add_special_tokens)
+
+    def _run(
+        self, prompts: list[Prompt], params: list[SamplingParams], add_special_tokens: bool
+    ) -> list[RequestOutput]:
         outputs: list[RequestOutput] = []
         room = self.engine.runner.max_num_batched_tokens
         try:
-            for prompt, each in zip(many, params, strict=True):
+            for prompt, each in zip(prompts, params, strict=True):
                 tokens = self._token_ids(prompt, each, add_special_tokens)
                 live, request = self._request(prompt, tokens, each)
                 outputs.append(live.output)
@@ -207,7 +227,7 @@ class LLM:
             encoded = self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
             ids = np.asarray(encoded, np.int64)
         else:
-            ids = np.asarray(prompt, np.int64)
+            ids = _as_ids(prompt)
         vocab = self.model_config.vocab_size
         if not ids.size:
             raise InvalidRequest("prompt", "has no tokens")
@@ -277,9 +297,23 @@ class LLM:
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
-    if prompts and isinstance(prompts[0], (int, np.integer)):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
+    many: list[Any] = list(prompts)
+    return [many] if many and isinstance(many[0], (int, np.integer)) else many
+
+
+def _as_ids(prompt: Sequence[int]) -> npt.NDArray[np.int64]:
+    """Told to make int64 of whatever comes, NumPy would cut 1.5 to 1 and read "12" as 12."""
+    try:
+        ids = np.asarray(prompt)
+    except ValueError:  # lists of unequal length
+        ids = np.empty((0, 0), np.object_)
+    if ids.shape == (0,):
+        return ids.astype(np.int64)  # an empty list has no integers either
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise InvalidRequest(
+            "prompt", f"is {reprlib.repr(prompt)}: it must be a text, or a list of integer ids"
+        )
+    return ids.astype(np.int64, copy=False)
 
 
 def _first(*values: float | None) -> float:

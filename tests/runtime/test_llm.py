@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import psutil
 import pytest
 
 from zllm import LLM, SamplingParams
-from zllm.errors import ConfigError, InvalidRequest, Overloaded
+from zllm.errors import ConfigError, EngineError, InvalidRequest, Overloaded
 from zllm.runtime.chat_template import ChatTemplate
 from zllm.runtime.embedded import EMBEDDED_MODEL
 
@@ -192,6 +196,46 @@ def test_a_bad_prompt_is_refused(llm: LLM, prompt: list[int], field: str) -> Non
         llm.generate(["fine", prompt], GREEDY)
     assert caught.value.field == field
     assert not llm.engine.has_work()
+
+
+@pytest.mark.parametrize(
+    "prompt", [[40.5, 41.0], ["12", "13"], [[1, 2], [3, 4]], [[1], [2, 3]], [True], [10**30], None]
+)
+def test_what_is_neither_text_nor_ids_is_refused_and_not_read_as_ids(llm: LLM, prompt: Any) -> None:
+    with pytest.raises(InvalidRequest, match="a text, or a list of integer ids") as caught:
+        llm.generate([prompt], GREEDY)
+    assert caught.value.field == "prompt"
+
+
+def test_ids_may_come_in_arrays_and_prompts_from_a_generator(llm: LLM) -> None:
+    (expected,) = llm.generate([40, 41, 42], GREEDY)
+    ids = np.array([40, 41, 42], np.uint32)
+    for prompts in (ids, [ids], (ids for _ in range(1)), (40, 41, 42)):
+        (output,) = llm.generate(prompts, GREEDY)  # type: ignore[arg-type]
+        assert output.prompt_token_ids == [40, 41, 42]
+        assert output.outputs[0].token_ids == expected.outputs[0].token_ids
+
+
+def test_threads_that_share_it_take_turns(llm: LLM) -> None:
+    def answers(_: int) -> list[str]:
+        asked = [llm.chat(ask("What is 12 + 7?", "Count from 3 to 9."), GREEDY) for _ in range(5)]
+        return [output.outputs[0].text for outputs in asked for output in outputs]
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(answers, range(4)))
+    assert found == [["12 + 7 = 19", "3, 4, 5, 6, 7, 8, 9"] * 5] * 4
+    llm.engine.scheduler.check()
+
+
+def test_closed_it_refuses_leaves_no_process_and_may_be_closed_again() -> None:
+    before = psutil.Process().children()
+    made = LLM(device="cpu", num_kv_blocks=64)
+    made.chat(ask("What is 12 + 7?"), GREEDY)
+    made.close()
+    made.close()
+    assert psutil.Process().children() == before
+    with pytest.raises(EngineError, match="closed"):
+        made.generate("12 + 7 =", GREEDY)
 
 
 def test_a_bad_prompt_gives_up_those_that_run_already(llm: LLM) -> None:
