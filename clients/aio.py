@@ -16,7 +16,14 @@ import grpc
 
 from zllm.clients.credentials import Tls, key_metadata
 from zllm.clients.failures import to_error
-from zllm.clients.request import Message, Prompt, build_request
+from zllm.clients.request import (
+    Message,
+    Prompt,
+    build_request,
+    deadline,
+    detokenize_request,
+    tokenize_request,
+)
 from zllm.clients.results import (
     Completion,
     Delta,
@@ -32,6 +39,12 @@ from zllm.clients.results import (
 from zllm.clients.service_config import MAX_ATTEMPTS, channel_options
 from zllm.errors import ZllmError
 from zllm.v1 import generation_pb2_grpc, models_pb2, models_pb2_grpc
+
+
+def _task_is_cancelled() -> bool:
+    """Whether the task that waits is, and not just the call that it waits for."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 class AsyncStream:
@@ -62,10 +75,8 @@ class AsyncStream:
         except grpc.RpcError as failure:
             raise to_error(failure) from None
         except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
+            if _task_is_cancelled():
                 raise
-            # The call was, by cancel(), and not the task that waits for it.
             raise ZllmError("CANCELLED: cancel() ended the request") from None
         finally:
             self.cancel()
@@ -87,7 +98,8 @@ class AsyncStream:
 
 
 class AsyncClient:
-    """Talks to one server. Errors are those of zllm.errors, or TimeoutError."""
+    """Talks to one server, from the event loop in which it is made. Errors are those of
+    zllm.errors, or TimeoutError."""
 
     def __init__(
         self,
@@ -97,12 +109,13 @@ class AsyncClient:
         api_key: str = "",
         tls: Tls | None = None,
     ) -> None:
-        options = channel_options(attempts)
+        options = channel_options(target, attempts)
+        self._metadata = key_metadata(api_key)
         if tls is None:
             self._channel = grpc.aio.insecure_channel(target, options=options)
         else:
             self._channel = grpc.aio.secure_channel(target, tls.credentials(), options=options)
-        self._metadata = key_metadata(api_key)
+        self._closed = False
         self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
         self._models = models_pb2_grpc.ModelServiceStub(self._channel)
 
@@ -118,9 +131,11 @@ class AsyncClient:
     ) -> AsyncStream:
         """The same, as it comes."""
         request = build_request(prompt, **options)
-        return AsyncStream(
-            self._generation.StreamGenerate(request, timeout=timeout, metadata=self._metadata)
+        self._require_open()
+        call = self._generation.StreamGenerate(
+            request, timeout=deadline(timeout), metadata=self._metadata
         )
+        return AsyncStream(call)
 
     def chat(
         self, messages: str | Sequence[Message], *, timeout: float | None = None, **options: Any
@@ -142,9 +157,7 @@ class AsyncClient:
         add_special_tokens: bool = False,
         timeout: float | None = None,
     ) -> list[int]:
-        request = models_pb2.TokenizeRequest(
-            model=model, text=text, add_special_tokens=add_special_tokens
-        )
+        request = tokenize_request(text, model, add_special_tokens)
         return list((await self._call(self._models.Tokenize, request, timeout)).ids)
 
     async def detokenize(
@@ -155,27 +168,37 @@ class AsyncClient:
         skip_special_tokens: bool = False,
         timeout: float | None = None,
     ) -> str:
-        request = models_pb2.DetokenizeRequest(
-            model=model, ids=ids, skip_special_tokens=skip_special_tokens
-        )
+        request = detokenize_request(ids, model, skip_special_tokens)
         return str((await self._call(self._models.Detokenize, request, timeout)).text)
 
     async def wait_ready(self, timeout: float) -> None:
         """Until a connection stands. Raises TimeoutError."""
+        self._require_open()
         try:
-            async with asyncio.timeout(timeout):
+            async with asyncio.timeout(deadline(timeout)):
                 await self._channel.channel_ready()
         except TimeoutError:
             raise TimeoutError(f"no server answered within {timeout:g} s") from None
 
     async def close(self) -> None:
+        """Ends every call that runs; a later one is a ZllmError."""
+        self._closed = True
         await self._channel.close()
 
+    def _require_open(self) -> None:
+        if self._closed:
+            raise ZllmError("the client is closed: make a new one")
+
     async def _call(self, method: Any, request: object, timeout: float | None) -> Any:
+        self._require_open()
         try:
-            return await method(request, timeout=timeout, metadata=self._metadata)
+            return await method(request, timeout=deadline(timeout), metadata=self._metadata)
         except grpc.RpcError as failure:
             raise to_error(failure) from None
+        except asyncio.CancelledError:
+            if _task_is_cancelled():
+                raise
+            raise ZllmError("CANCELLED: close() ended the call") from None
 
     async def __aenter__(self) -> Self:
         return self

@@ -16,7 +16,14 @@ import grpc
 
 from zllm.clients.credentials import Tls, key_metadata
 from zllm.clients.failures import to_error
-from zllm.clients.request import Message, Prompt, build_request
+from zllm.clients.request import (
+    Message,
+    Prompt,
+    build_request,
+    deadline,
+    detokenize_request,
+    tokenize_request,
+)
 from zllm.clients.results import (
     Completion,
     Delta,
@@ -30,6 +37,7 @@ from zllm.clients.results import (
     read_usage,
 )
 from zllm.clients.service_config import MAX_ATTEMPTS, channel_options
+from zllm.errors import ZllmError
 from zllm.v1 import generation_pb2_grpc, models_pb2, models_pb2_grpc
 
 
@@ -90,12 +98,13 @@ class Client:
         api_key: str = "",
         tls: Tls | None = None,
     ) -> None:
-        options = channel_options(attempts)
+        options = channel_options(target, attempts)
+        self._metadata = key_metadata(api_key)
         if tls is None:
             self._channel = grpc.insecure_channel(target, options=options)
         else:
             self._channel = grpc.secure_channel(target, tls.credentials(), options=options)
-        self._metadata = key_metadata(api_key)
+        self._closed = False
         self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
         self._models = models_pb2_grpc.ModelServiceStub(self._channel)
 
@@ -109,9 +118,11 @@ class Client:
     def stream(self, prompt: Prompt, *, timeout: float | None = None, **options: Any) -> Stream:
         """The same, as it comes."""
         request = build_request(prompt, **options)
-        return Stream(
-            self._generation.StreamGenerate(request, timeout=timeout, metadata=self._metadata)
+        self._require_open()
+        call = self._generation.StreamGenerate(
+            request, timeout=deadline(timeout), metadata=self._metadata
         )
+        return Stream(call)
 
     def chat(
         self, messages: str | Sequence[Message], *, timeout: float | None = None, **options: Any
@@ -133,9 +144,7 @@ class Client:
         add_special_tokens: bool = False,
         timeout: float | None = None,
     ) -> list[int]:
-        request = models_pb2.TokenizeRequest(
-            model=model, text=text, add_special_tokens=add_special_tokens
-        )
+        request = tokenize_request(text, model, add_special_tokens)
         return list(self._call(self._models.Tokenize, request, timeout).ids)
 
     def detokenize(
@@ -146,24 +155,30 @@ class Client:
         skip_special_tokens: bool = False,
         timeout: float | None = None,
     ) -> str:
-        request = models_pb2.DetokenizeRequest(
-            model=model, ids=ids, skip_special_tokens=skip_special_tokens
-        )
+        request = detokenize_request(ids, model, skip_special_tokens)
         return str(self._call(self._models.Detokenize, request, timeout).text)
 
     def wait_ready(self, timeout: float) -> None:
         """Until a connection stands. Raises TimeoutError."""
+        self._require_open()
         try:
-            grpc.channel_ready_future(self._channel).result(timeout)
+            grpc.channel_ready_future(self._channel).result(deadline(timeout))
         except grpc.FutureTimeoutError:
             raise TimeoutError(f"no server answered within {timeout:g} s") from None
 
     def close(self) -> None:
+        """Ends every call that runs; a later one is a ZllmError."""
+        self._closed = True
         self._channel.close()
 
+    def _require_open(self) -> None:
+        if self._closed:
+            raise ZllmError("the client is closed: make a new one")
+
     def _call(self, method: Any, request: object, timeout: float | None) -> Any:
+        self._require_open()
         try:
-            return method(request, timeout=timeout, metadata=self._metadata)
+            return method(request, timeout=deadline(timeout), metadata=self._metadata)
         except grpc.RpcError as failure:
             raise to_error(failure) from None
 

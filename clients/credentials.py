@@ -29,7 +29,9 @@ class Tls:
 
 
 def key_metadata(api_key: str) -> Metadata:
-    """What goes with every call; empty without a key."""
+    """What goes with every call; empty without a key. Raises ConfigError, which shows no key."""
+    if not (api_key.isascii() and api_key.isprintable()):
+        raise ConfigError("api_key has a character that no HTTP header can hold: use visible ASCII")
     return (("authorization", f"Bearer {api_key}"),) if api_key else ()
 
 

@@ -1,4 +1,4 @@
-"""How the channel behaves: retries of refused requests, keepalive, message sizes.
+"""How the channel behaves: retries of refused requests, keepalive, message sizes, proxies.
 
 A refusal comes before any response header, so gRPC itself may try again without the caller
 seeing it; a stream that has begun is never retried.
@@ -7,14 +7,26 @@ seeing it; a stream that has begun is never retried.
 from __future__ import annotations
 
 import json
+import re
 
 MAX_ATTEMPTS = 4
 """gRPC allows five at most."""
 
+_LOOPBACK = re.compile(r"(localhost|127(\.\d+){3}|\[::1\])(:\d+)?")
 
-def channel_options(attempts: int = MAX_ATTEMPTS) -> list[tuple[str, int | str]]:
+Options = list[tuple[str, int | str]]
+
+
+def proxy_options(target: str) -> Options:
+    """The environment's http_proxy, which gRPC honours, is another machine: it cannot reach what
+    listens on this one's loopback."""
+    return [("grpc.enable_http_proxy", 0)] if _LOOPBACK.fullmatch(target) else []
+
+
+def channel_options(target: str, attempts: int = MAX_ATTEMPTS) -> Options:
     """`attempts` 1 never retries."""
-    options: list[tuple[str, int | str]] = [
+    options: Options = [
+        *proxy_options(target),
         ("grpc.max_receive_message_length", -1),
         ("grpc.max_send_message_length", -1),
         ("grpc.keepalive_time_ms", 30_000),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import math
 from collections.abc import Callable
 from contextlib import aclosing
 from typing import TypeVar
@@ -17,6 +18,7 @@ from zllm.cli import main
 from zllm.clients.aio import AsyncClient
 from zllm.clients.bench import Sample, Workload, summarize
 from zllm.clients.client import Client, Stream
+from zllm.clients.health import ask
 from zllm.errors import ConfigError, InvalidRequest, Unavailable, ZllmError
 from zllm.runtime.embedded import EMBEDDED_MODEL
 from zllm.runtime.tokenizer import load_tokenizer
@@ -109,6 +111,64 @@ async def test_a_passed_timeout_is_a_timeout_error() -> None:
     async with running(StubEngine(step_s=0.1)) as server:
         await with_client(server, work)
         await server.until_idle()
+
+
+async def test_a_timeout_of_infinity_never_passes() -> None:
+    def work(client: Client) -> None:
+        client.wait_ready(math.inf)
+        assert client.generate("abc", max_tokens=3, timeout=math.inf).text == "abc"
+
+    async with running() as server:
+        await with_client(server, work)
+        await server.client.wait_ready(math.inf)
+        answer = await server.client.generate("abc", max_tokens=3, timeout=math.inf)
+        assert answer.text == "abc"
+
+
+def test_a_closed_client_says_so() -> None:
+    client = Client("127.0.0.1:1")
+    client.close()
+    client.close()
+    for call in (client.models, lambda: client.stream("abc"), lambda: client.wait_ready(1)):
+        with pytest.raises(ZllmError, match="closed"):
+            call()
+
+
+async def test_a_closed_asyncio_client_says_so() -> None:
+    client = AsyncClient("127.0.0.1:1")
+    await client.close()
+    await client.close()
+    with pytest.raises(ZllmError, match="closed"):
+        await client.models()
+    with pytest.raises(ZllmError, match="closed"):
+        client.stream("abc")
+    with pytest.raises(ZllmError, match="closed"):
+        await client.wait_ready(1)
+
+
+async def test_closing_the_client_fails_a_call_and_does_not_cancel_who_waits_for_it() -> None:
+    async with running(StubEngine(step_s=0.1)) as server:
+        client = AsyncClient(server.target, attempts=1)
+        waiting = asyncio.create_task(client.generate("abc"))
+        await server.until(lambda load: load.running_requests == 1, "it never ran")
+        await client.close()
+        with pytest.raises(ZllmError, match="CANCELLED"):
+            await waiting
+        await server.until_idle()
+
+
+async def test_a_server_on_the_loopback_is_reached_though_a_proxy_is_set(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What listens on the loopback is no proxy's to reach, and this one is not there."""
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+
+    def work(client: Client) -> None:
+        assert client.generate("abc", max_tokens=3).text == "abc"
+        assert ask(server.target) == "SERVING"
+
+    async with running() as server:
+        await with_client(server, work)
 
 
 def test_without_a_server_calls_are_unavailable() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import grpc
@@ -10,11 +11,13 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.json_format import MessageToDict
 
+from zllm.clients.credentials import key_metadata
 from zllm.clients.failures import to_error
-from zllm.clients.request import build_request
+from zllm.clients.request import build_request, deadline, detokenize_request, tokenize_request
 from zllm.clients.results import Timing, Usage, read_delta, read_timing, read_usage
 from zllm.clients.service_config import channel_options, service_config
 from zllm.errors import (
+    ConfigError,
     EngineError,
     InvalidRequest,
     Overloaded,
@@ -81,7 +84,7 @@ def test_each_option_goes_to_its_place_in_the_contract() -> None:
 
 
 def test_none_leaves_a_field_to_the_server() -> None:
-    request = build_request("hi", temperature=None, max_tokens=None)
+    request = build_request("hi", temperature=None, max_tokens=None, text=None, stop=None)
     assert request == generation_pb2.GenerateRequest(text="hi")
 
 
@@ -92,8 +95,44 @@ def test_a_message_needs_role_and_content(message: dict[str, str]) -> None:
     assert caught.value.field == "prompt"
 
 
-def test_one_stop_string_need_not_be_a_list() -> None:
-    assert list(build_request("hi", stop="end").stopping.stop_strings) == ["end"]
+@pytest.mark.parametrize("name", ["stop", "stop_strings"])
+def test_one_stop_string_need_not_be_a_list(name: str) -> None:
+    for given in ("end", ["end"]):
+        assert list(build_request("hi", **{name: given}).stopping.stop_strings) == ["end"]
+
+
+def test_a_prompt_of_ids_and_messages_is_refused_and_not_halved() -> None:
+    with pytest.raises(TypeError, match="both"):
+        build_request([1, {"role": "user", "content": "hi"}, 2])  # type: ignore[list-item]
+
+
+def test_a_timeout_that_no_clock_holds_is_none() -> None:
+    assert [deadline(each) for each in (None, 0.5, -1, math.inf, 1e12)] == [
+        None, 0.5, -1, None, None,
+    ]  # fmt: skip
+    with pytest.raises(InvalidRequest, match="timeout"):
+        deadline(math.nan)
+
+
+@pytest.mark.parametrize("key", ["schlüssel", "two\nlines", "a\x00"])
+def test_a_key_that_no_header_holds_is_told_and_not_shown(key: str) -> None:
+    with pytest.raises(ConfigError, match="api_key") as caught:
+        key_metadata(key)
+    assert key not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("target", "direct"),
+    [
+        ("127.0.0.1:50051", True),
+        ("localhost", True),
+        ("[::1]:50051", True),
+        ("127.example.org:50051", False),
+        ("10.0.0.1:50051", False),
+    ],
+)
+def test_no_proxy_stands_before_the_loopback(target: str, direct: bool) -> None:
+    assert (("grpc.enable_http_proxy", 0) in channel_options(target)) == direct
 
 
 @pytest.mark.parametrize("options", [{"temprature": 1.0}, {"max_tokens": "four"}])
@@ -119,6 +158,13 @@ def test_a_value_that_its_field_cannot_hold_names_the_field(options: dict[str, A
 def test_text_that_is_no_unicode_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="cannot be sent"):
         build_request("\udcff")
+    with pytest.raises(InvalidRequest, match="surrogates") as caught:
+        build_request("hi", stop="\udcff")
+    assert caught.value.field == "stop"
+    with pytest.raises(InvalidRequest, match="cannot be sent"):
+        tokenize_request("\udcff", "", False)
+    with pytest.raises(InvalidRequest, match="cannot be sent"):
+        detokenize_request([-1], "", False)
 
 
 class Failure(grpc.RpcError):
@@ -217,6 +263,6 @@ def test_only_refusals_are_tried_again() -> None:
 
 
 def test_one_attempt_means_no_retries() -> None:
-    assert ("grpc.enable_retries", 0) in channel_options(1)
-    assert "grpc.service_config" not in dict(channel_options(1))
-    assert "UNAVAILABLE" in str(dict(channel_options(3))["grpc.service_config"])
+    assert ("grpc.enable_retries", 0) in channel_options("host", 1)
+    assert "grpc.service_config" not in dict(channel_options("host", 1))
+    assert "UNAVAILABLE" in str(dict(channel_options("host", 3))["grpc.service_config"])
