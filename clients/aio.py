@@ -85,6 +85,10 @@ class AsyncStream:
         """Ends the request; one that has ended is left alone."""
         self._call.cancel()
 
+    def __del__(self) -> None:
+        # gRPC keeps a call that nobody has begun to read, and would let it run to its end.
+        self.cancel()
+
     async def __aenter__(self) -> Self:
         return self
 

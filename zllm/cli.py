@@ -26,6 +26,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     _open_standard_files()
     # gRPC's fork handlers only warn: what we start as a child execs at once.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+    if sys.stdin is None:  # it was closed
+        sys.stdin = io.StringIO()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # As in arguments, so that what is no text is refused by name like theirs.
+        sys.stdin.reconfigure(errors="surrogateescape")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # an answer may hold what the terminal does not

@@ -101,6 +101,20 @@ async def test_leaving_a_stream_of_the_asyncio_client_ends_its_request() -> None
         await server.until_idle()
 
 
+async def test_a_stream_that_is_dropped_before_it_is_read_ends_its_request() -> None:
+    def work(client: Client) -> None:
+        client.stream("abc")
+
+    async with running(StubEngine(step_s=0.1)) as server:
+        with Client(server.target, attempts=1) as client:
+            await asyncio.to_thread(work, client)
+            await server.until_idle()
+        dropped = server.client.stream("abc")
+        await server.until(lambda load: load.running_requests == 1, "it never ran")
+        del dropped
+        await server.until_idle()
+
+
 async def test_a_passed_timeout_is_a_timeout_error() -> None:
     def work(client: Client) -> None:
         with pytest.raises(TimeoutError):

@@ -35,6 +35,25 @@ def test_a_key_file_that_is_no_text_is_named(
     assert f"--api-key-file {file}: it is not text" in capsys.readouterr().err
 
 
+def test_input_that_is_no_text_or_closed_is_told_and_no_traceback(tmp_path: Path) -> None:
+    file = tmp_path / "input"
+    file.write_bytes(b"\xff\n")
+    strict = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+    zllm, nowhere = f"{sys.executable} -m zllm", "--target 127.0.0.1:1"
+    for line, code, told in (
+        (f"{zllm} generate - {nowhere} < {file}", 1, "prompt: cannot be sent"),
+        (f"{zllm} chat {nowhere} < {file}", 0, "prompt: cannot be sent"),
+        (f"{zllm} generate - {nowhere} <&-", 1, "127.0.0.1:1"),
+        (f"{zllm} chat {nowhere} <&-", 0, ""),
+    ):
+        run = subprocess.run(
+            line, shell=True, check=False, capture_output=True, text=True, env=strict, timeout=60
+        )
+        assert run.returncode == code, run.stderr
+        assert told in run.stderr
+        assert "Traceback" not in run.stderr
+
+
 def test_a_folder_too_long_for_sockets_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
