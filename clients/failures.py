@@ -28,6 +28,9 @@ _REQUEST_ERRORS: dict[grpc.StatusCode, type[RequestError]] = {
     grpc.StatusCode.ALREADY_EXISTS: RequestExists,
 }
 
+_TOO_LARGE = "message larger than max"
+"""gRPC's own words, which it sends with the code of a full queue: but no time makes it fit."""
+
 
 def to_error(failure: grpc.RpcError) -> Exception:
     """An error of zllm.errors, or TimeoutError where the deadline passed."""
@@ -39,6 +42,8 @@ def to_error(failure: grpc.RpcError) -> Exception:
             first = bad.field_violations[0]
             return _REQUEST_ERRORS[code](first.field, first.description)
         return _REQUEST_ERRORS[code]("request", text)
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and details is None and _TOO_LARGE in text:
+        return InvalidRequest("request", f"{text}: shorten it; max_message_bytes is the server's")
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         return Overloaded(text, _retry_after(details))
     if code is grpc.StatusCode.UNAVAILABLE:

@@ -23,6 +23,7 @@ from zllm.errors import ConfigError, InvalidRequest, Unavailable, ZllmError
 from zllm.runtime.embedded import EMBEDDED_MODEL
 from zllm.runtime.tokenizer import load_tokenizer
 from zllm.service import models
+from zllm.service.config import ServerConfig
 
 ANSWER = "Monday, Tuesday"
 Result = TypeVar("Result")
@@ -125,6 +126,19 @@ async def test_a_passed_timeout_is_a_timeout_error() -> None:
     async with running(StubEngine(step_s=0.1)) as server:
         await with_client(server, work)
         await server.until_idle()
+
+
+async def test_a_request_that_no_time_makes_fit_is_not_overload() -> None:
+    def work(client: Client) -> None:
+        with pytest.raises(InvalidRequest, match="max_message_bytes"):
+            client.generate("a" * 2000)
+        with pytest.raises(InvalidRequest, match="max_message_bytes"):
+            list(client.stream("a" * 2000))
+
+    async with running(config=ServerConfig(port=0, admin_port=0, max_message_bytes=1024)) as server:
+        await with_client(server, work)
+        with pytest.raises(InvalidRequest, match="max_message_bytes"):
+            await server.client.generate("a" * 2000)
 
 
 async def test_a_timeout_of_infinity_never_passes() -> None:
