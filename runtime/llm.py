@@ -106,10 +106,19 @@ class LLM:
         tools: Sequence[Any] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """`generate` on conversations, rendered through the model's chat template."""
+        """`generate` on conversations, rendered through the model's chat template. One may come
+        without a list around it."""
         if self.chat_template is None:
             raise InvalidRequest("chat", "the model has no chat template: send text or token ids")
-        conversations: Any = [messages] if messages and "role" in messages[0] else messages
+        given: list[Any] = list(messages)
+        single = bool(given) and isinstance(given[0], Mapping)
+        conversations = [given] if single else [list(one) for one in given]
+        if not all(isinstance(message, Mapping) for one in conversations for message in one):
+            raise InvalidRequest(
+                "chat",
+                f"is {reprlib.repr(messages)}: a conversation is a list of messages, "
+                "{'role': ..., 'content': ...} each",
+            )
         prompts = [
             self.chat_template.render(one, tools=tools, variables=chat_template_kwargs)
             for one in conversations

@@ -207,6 +207,23 @@ def test_what_is_neither_text_nor_ids_is_refused_and_not_read_as_ids(llm: LLM, p
     assert caught.value.field == "prompt"
 
 
+@pytest.mark.parametrize(
+    "messages", ["Why?", ["Why?"], {"role": "user", "content": "Why?"}, [[["Why?"]]]]
+)
+def test_what_is_no_conversation_is_told_what_one_is(llm: LLM, messages: Any) -> None:
+    with pytest.raises(InvalidRequest, match="a list of messages"):
+        llm.chat(messages, GREEDY)
+
+
+def test_one_conversation_is_known_by_its_messages(llm: LLM) -> None:
+    (question,) = ask("What is 12 + 7?")
+    for messages in (question, tuple(question), iter(question), [iter(question)]):
+        (output,) = llm.chat(messages, GREEDY)  # type: ignore[arg-type]
+        assert output.outputs[0].text == "12 + 7 = 19"
+    with pytest.raises(InvalidRequest, match="role"):
+        llm.chat([{"content": "a message without a role"}], GREEDY)
+
+
 def test_ids_may_come_in_arrays_and_prompts_from_a_generator(llm: LLM) -> None:
     (expected,) = llm.generate([40, 41, 42], GREEDY)
     ids = np.array([40, 41, 42], np.uint32)
