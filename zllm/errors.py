@@ -28,6 +28,11 @@ class RequestError(ZllmError):
         self.field = field
         self.reason = message
 
+    def __reduce__(self) -> tuple[type[RequestError], tuple[str, str]]:
+        # By itself it would be made anew of the whole text alone, and a pool whose worker raised it
+        # would break or wait forever.
+        return type(self), (self.field, self.reason)
+
 
 class InvalidRequest(RequestError):
     """A field's value is out of its range (INVALID_ARGUMENT)."""
