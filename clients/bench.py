@@ -59,9 +59,14 @@ class Workload:
     tls: Tls | None = None
 
     def __post_init__(self) -> None:
-        for name in ("num_requests", "concurrency", "output_len"):
+        for name in ("num_requests", "concurrency", "input_len", "output_len"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if not 0 <= self.shared_len < self.input_len:
+            raise ConfigError(
+                f"shared_len is {self.shared_len}: it must be in [0, {self.input_len}), "
+                "a part of input_len"
+            )
         if self.rate is not None and not self.rate > 0:
             raise ConfigError(f"rate is {self.rate}: it must be above 0, or left out")
 
@@ -101,7 +106,7 @@ async def _load(client: AsyncClient, model: ModelInfo, workload: Workload) -> li
             await asyncio.sleep(rng.expovariate(workload.rate))
         await gate.acquire()
         own = workload.input_len - len(shared)
-        prompt = shared + [rng.randrange(model.vocab_size) for _ in range(max(own, 1))]
+        prompt = shared + [rng.randrange(model.vocab_size) for _ in range(own)]
         tasks.append(asyncio.create_task(one(prompt)))
     return await asyncio.gather(*tasks)
 

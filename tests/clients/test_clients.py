@@ -328,7 +328,16 @@ async def test_a_stream_that_is_cancelled_elsewhere_fails_and_its_reader_is_not_
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("concurrency", 0), ("rate", -5.0), ("rate", 0.0), ("num_requests", 0)]
+    ("field", "value"),
+    [
+        ("concurrency", 0),
+        ("rate", -5.0),
+        ("rate", 0.0),
+        ("num_requests", 0),
+        ("input_len", -5),
+        ("shared_len", -1),
+        ("shared_len", 128),
+    ],
 )
 def test_a_workload_that_cannot_be_is_named(field: str, value: float) -> None:
     with pytest.raises(ConfigError, match=field):
