@@ -152,6 +152,9 @@ class LLM:
             raise InvalidRequest(
                 "sampling", f"{len(params)} for {len(many)} prompts: give one, or one for each"
             )
+        for each in params:
+            if not isinstance(each, SamplingParams):
+                raise InvalidRequest("sampling", f"is {each!r}: each must be a SamplingParams")
         with self._turn:
             if self._closed:
                 raise EngineError("the LLM is closed: make a new one")

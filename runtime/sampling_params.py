@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from zllm.errors import InvalidRequest
 
@@ -43,9 +44,11 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        given = (self.stop,) if isinstance(self.stop, str) else self.stop
+        stop = _as_tuple("stopping.stop_strings", given)
         object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        ids = _as_tuple("stopping.stop_token_ids", self.stop_token_ids)
+        object.__setattr__(self, "stop_token_ids", ids)
         if self.top_k == -1:
             object.__setattr__(self, "top_k", 0)
         _check_number("sampling.temperature", self.temperature, 0.0, 100.0)
@@ -82,6 +85,14 @@ class SamplingParams:
             )
         for index, token in enumerate(self.stop_token_ids):
             _check_integer(f"stopping.stop_token_ids[{index}]", token, 0, 2**31 - 1)
+
+
+def _as_tuple(field: str, values: Any) -> tuple[Any, ...]:
+    """None is none."""
+    try:
+        return () if values is None else tuple(values)
+    except TypeError:
+        raise InvalidRequest(field, f"is {values!r}: it must be a list") from None
 
 
 def _check_number(field: str, value: float | None, low: float, high: float) -> None:

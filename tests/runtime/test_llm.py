@@ -207,6 +207,13 @@ def test_what_is_neither_text_nor_ids_is_refused_and_not_read_as_ids(llm: LLM, p
     assert caught.value.field == "prompt"
 
 
+@pytest.mark.parametrize("params", [[None], {"temperature": 0.0}, [{"temperature": 0.0}]])
+def test_what_are_no_parameters_is_told(llm: LLM, params: Any) -> None:
+    with pytest.raises(InvalidRequest, match="SamplingParams") as caught:
+        llm.generate(["12 + 7 ="], params)
+    assert caught.value.field == "sampling"
+
+
 @pytest.mark.parametrize(
     "messages", ["Why?", ["Why?"], {"role": "user", "content": "Why?"}, [[["Why?"]]]]
 )

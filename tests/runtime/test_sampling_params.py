@@ -35,6 +35,8 @@ from zllm.runtime.sampling_params import SamplingParams
         ("stopping.min_tokens", {"min_tokens": 9, "max_tokens": 8}),
         ("stopping.stop_strings[1]", {"stop": ["end", ""]}),
         ("stopping.stop_strings", {"stop": ["x"] * 10_000}),
+        ("stopping.stop_strings", {"stop": 5}),
+        ("stopping.stop_token_ids", {"stop_token_ids": 5}),
         ("stopping.stop_token_ids[0]", {"stop_token_ids": [-1]}),
         ("stopping.stop_token_ids", {"stop_token_ids": range(1025)}),
         ("output.logprobs", {"logprobs": -1}),
