@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -145,6 +145,12 @@ class ModelConfig:
         architectures = raw.get("architectures")
         if not isinstance(architectures, list) or not architectures:
             raise ModelLoadError("config.json: `architectures` names no architecture")
+        # First of all: another architecture's fields have other names, and the lack of ours is no
+        # news. Imported here, for the registry's models are written against this file.
+        from zllm.runtime.models.registry import require_supported
+
+        architecture = str(architectures[0])
+        require_supported(architecture)
         if raw.get("quantization_config"):
             raise ModelLoadError(
                 "config.json: quantization_config is set, and quantized checkpoints are not "
@@ -156,11 +162,16 @@ class ModelConfig:
             )
         if raw.get("use_sliding_window"):
             raise ModelLoadError("config.json: use_sliding_window is true, which is not supported")
+        if any(kind != "full_attention" for kind in raw.get("layer_types") or ()):
+            raise ModelLoadError(
+                f"config.json: layer_types is {raw['layer_types']!r}: only 'full_attention' is "
+                "supported"
+            )
         num_heads = _integer(raw, "num_attention_heads")
         hidden_size = _integer(raw, "hidden_size")
         head_dim = raw.get("head_dim")
         return cls(
-            architecture=str(architectures[0]),
+            architecture=architecture,
             vocab_size=_integer(raw, "vocab_size"),
             hidden_size=hidden_size,
             intermediate_size=_integer(raw, "intermediate_size"),
@@ -169,13 +180,13 @@ class ModelConfig:
             num_kv_heads=_integer(raw, "num_key_value_heads", num_heads),
             head_dim=_integer(raw, "head_dim") if head_dim else hidden_size // max(num_heads, 1),
             max_position_embeddings=_integer(raw, "max_position_embeddings"),
-            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+            rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6),
             rope=_rope(raw),
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            attention_bias=bool(raw.get("attention_bias", False)),
-            initializer_range=float(raw.get("initializer_range", 0.02)),
+            tie_word_embeddings=_flag(raw, "tie_word_embeddings"),
+            attention_bias=_flag(raw, "attention_bias"),
+            initializer_range=_number(raw, "initializer_range", 0.02),
             dtype=_dtype(raw),
-            eos_token_ids=_token_ids(generation.get("eos_token_id", raw.get("eos_token_id"))),
+            eos_token_ids=_end_tokens(generation, raw),
             sampling=_sampling_defaults(generation),
             ignored=tuple(
                 f"{name} {generation[name]!r}"
@@ -194,7 +205,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
         raise ModelLoadError(f"{path} cannot be read: {error}") from error
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelLoadError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise ModelLoadError(f"{path} is not a JSON object")
@@ -206,6 +217,20 @@ def _integer(raw: dict[str, Any], name: str, default: int | None = None) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise ModelLoadError(f"config.json: {name} is {value!r}: it must be an integer")
     return value
+
+
+def _number(raw: dict[str, Any], name: str, default: float) -> float:
+    value = raw.get(name, default)
+    if not _is_number(value) or value < 0.0:
+        raise ModelLoadError(f"config.json: {name} is {value!r}: it must be a number of at least 0")
+    return float(value)
+
+
+def _flag(raw: dict[str, Any], name: str) -> bool:
+    value = raw.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise ModelLoadError(f"config.json: {name} is {value!r}: it must be true or false")
+    return bool(value)
 
 
 def _sampling_defaults(generation: dict[str, Any]) -> SamplingDefaults:
@@ -238,16 +263,20 @@ def _sampling_defaults(generation: dict[str, Any]) -> SamplingDefaults:
 
 
 def _is_number(value: object) -> bool:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and math.isfinite(value)  # type: ignore[arg-type]
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return abs(value) <= sys.float_info.max  # an int may be too large for a float
 
 
 def _is_id(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
 
 
-def _token_ids(value: object) -> tuple[int, ...]:
-    """One id, a list of ids, or nothing."""
+def _end_tokens(generation: dict[str, Any], raw: dict[str, Any]) -> tuple[int, ...]:
+    """One id, a list of ids, or nothing; null in the first file is nothing said."""
+    value = generation.get("eos_token_id")
+    if value is None:
+        value = raw.get("eos_token_id")
     if value is None:
         return ()
     ids = tuple(value) if isinstance(value, list) else (value,)
@@ -260,8 +289,8 @@ def _token_ids(value: object) -> tuple[int, ...]:
 
 def _dtype(raw: dict[str, Any]) -> torch.dtype:
     """`dtype`, or `torch_dtype` as it was called before transformers 5."""
-    name = raw.get("dtype", raw.get("torch_dtype")) or "float32"
-    if name not in _DTYPES:
+    name = raw.get("dtype") or raw.get("torch_dtype") or "float32"
+    if not isinstance(name, str) or name not in _DTYPES:
         raise ModelLoadError(
             f"config.json: dtype is {name!r}: it must be one of {', '.join(_DTYPES)}"
         )

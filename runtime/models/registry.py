@@ -41,11 +41,16 @@ class Model(Protocol):
 _MODELS: dict[str, type[Model]] = {"Qwen3ForCausalLM": Qwen3}
 
 
-def model_class(config: ModelConfig) -> type[Model]:
-    """The class of the config's architecture. Raises ModelLoadError where there is none."""
-    if config.architecture not in _MODELS:
+def require_supported(architecture: str) -> None:
+    """Raises ModelLoadError where no class serves the architecture."""
+    if architecture not in _MODELS:
         raise ModelLoadError(
-            f"config.json: the architecture {config.architecture!r} is not supported; "
+            f"config.json: the architecture {architecture!r} is not supported; "
             f"supported are {', '.join(sorted(_MODELS))}"
         )
+
+
+def model_class(config: ModelConfig) -> type[Model]:
+    """The class of the config's architecture. Raises ModelLoadError where there is none."""
+    require_supported(config.architecture)
     return _MODELS[config.architecture]

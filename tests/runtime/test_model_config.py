@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -82,6 +83,11 @@ def test_the_checkpoints_type_under_both_of_its_names(name):
     assert read(**{name: "bfloat16"}).dtype is torch.bfloat16
 
 
+def test_a_type_of_null_leaves_the_word_to_its_older_name():
+    raw = {**BASE, "dtype": None, "torch_dtype": "bfloat16"}
+    assert ModelConfig.from_dict(raw).dtype is torch.bfloat16
+
+
 def test_generation_config_gives_end_tokens_and_sampling_defaults():
     config = read(
         {"eos_token_id": [7, 8], "temperature": 0.6, "top_p": 0.95, "top_k": 20}, eos_token_id=5
@@ -104,6 +110,7 @@ def test_generation_config_gives_end_tokens_and_sampling_defaults():
         ("min_p", -0.1),
         ("top_k", 1.5),
         ("top_k", 2**40),
+        ("temperature", 10**400),
     ],
 )
 def test_a_bad_sampling_default_is_named_with_its_file(field, value):
@@ -123,6 +130,8 @@ def test_what_the_checkpoint_asks_for_in_vain_is_noted():
 
 def test_without_generation_config_the_models_own_end_token_counts():
     assert read(eos_token_id=5).eos_token_ids == (5,)
+    assert read({"eos_token_id": None}, eos_token_id=5).eos_token_ids == (5,)
+    assert read({"eos_token_id": []}, eos_token_id=5).eos_token_ids == ()
     assert read().eos_token_ids == ()
 
 
@@ -137,10 +146,18 @@ def test_without_generation_config_the_models_own_end_token_counts():
         ({"head_dim": 33}, "head_dim is 33"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"dtype": "int4"}, "dtype is 'int4'"),
+        ({"dtype": ["bfloat16"]}, r"dtype is \['bfloat16'\]"),
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps is '1e-6': it must be a number"),
+        ({"rms_norm_eps": -1.0}, "rms_norm_eps is -1.0"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps is inf"),
+        ({"initializer_range": []}, r"initializer_range is \[\]"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'.*true or false"),
+        ({"attention_bias": 0}, "attention_bias is 0"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "'yarn'"),
         ({"rope_parameters": {"rope_type": "llama3"}}, "'llama3'"),
         ({"rope_theta": -1.0}, "rope_theta is -1.0"),
         ({"rope_theta": "big"}, "rope_theta is 'big'"),
+        ({"rope_theta": 10**400}, "rope_theta is 1000"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "one RoPE"),
         ({"rope_parameters": "default"}, "one RoPE"),
         (
@@ -154,6 +171,7 @@ def test_without_generation_config_the_models_own_end_token_counts():
         ({"eos_token_id": [None]}, r"eos_token_id is \[None\]"),
         ({"eos_token_id": 2**40}, "eos_token_id is"),
         ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is .*only 'full"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
     ],
 )
@@ -162,13 +180,37 @@ def test_what_no_model_here_implements_is_named(changes, message):
         read(**changes)
 
 
-def test_an_unknown_architecture_is_named_beside_the_known_ones():
-    config = read(architectures=["MambaForCausalLM"])
+@pytest.mark.parametrize(
+    "others",
+    [
+        {},
+        {"num_attention_heads": None, "n_head": 12},
+        {"hidden_size": None, "text_config": {"hidden_size": 64}},
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+        {"hidden_act": None, "quantization_config": {"bits": 4}},
+    ],
+)
+def test_an_unknown_architecture_is_named_before_whatever_else_is_unknown_of_it(others):
+    with pytest.raises(ModelLoadError, match=r"MambaForCausalLM.*Qwen3ForCausalLM"):
+        read(architectures=["MambaForCausalLM"], **others)
+
+
+def test_a_config_that_was_not_read_from_a_file_is_asked_for_its_architecture_too():
+    config = dataclasses.replace(read(), architecture="MambaForCausalLM")
     with pytest.raises(ModelLoadError, match=r"MambaForCausalLM.*Qwen3ForCausalLM"):
         model_class(config)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "\xff"])
+def test_a_field_of_null_is_a_bad_one():
+    with pytest.raises(ModelLoadError, match="rms_norm_eps is None"):
+        ModelConfig.from_dict({**BASE, "rms_norm_eps": None})
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", "\xff", "[" * 100_000, '{"vocab_size": ' + "1" * 5000 + "}"],
+    ids=["cut", "list", "bytes", "deep", "digits"],
+)
 def test_a_corrupt_file_is_named(tmp_path, text):
     (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(ModelLoadError, match=r"config\.json"):
