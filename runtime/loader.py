@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,6 +17,8 @@ from torch import Tensor
 
 from zllm.errors import ModelLoadError
 from zllm.runtime.models.parameters import Parameter, Weights
+
+_log = logging.getLogger(__name__)
 
 _WHOLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -29,9 +33,9 @@ def load_weights(
 ) -> Weights:
     """Read every parameter from the folder's safetensors files, converted to `dtype`.
 
-    Tensors that the model does not ask for are ignored. Raises ModelLoadError where a file is
-    missing or corrupt, or a tensor is missing, there twice, of another shape, no floating-point
-    tensor, or not the copy that it should be.
+    Tensors that the model does not ask for are ignored, with a warning. Raises ModelLoadError where
+    a file is missing, unreadable or corrupt, or a tensor is missing, there twice, of another shape,
+    no floating-point tensor, or not the copy that it should be.
     """
     weights: Weights = {}
     wanted: dict[str, Tensor] = {}
@@ -46,10 +50,11 @@ def load_weights(
     console = Console(stderr=True)
     files = _files(folder)
     found: dict[str, Path] = {}
+    unused: list[str] = []
     for path in track(
         files, "Loading weights", console=console, disable=not console.is_terminal, transient=True
     ):
-        _load_file(path, wanted, found)
+        unused += _load_file(path, wanted, found)
     missing = sorted(wanted.keys() - found.keys())
     if missing:
         raise ModelLoadError(
@@ -57,6 +62,13 @@ def load_weights(
             f"{', '.join(missing[:3])}: the checkpoint is incomplete, or config.json is another "
             "model's"
         )
+    unused = sorted(set(unused) - copies.keys())
+    if unused:
+        _log.warning(
+            "%s: %d tensors are not used, among them %s: where these are the model's own, such as "
+            "biases or layers, config.json says too little and answers will be wrong",
+            folder, len(unused), ", ".join(unused[:3]),
+        )  # fmt: skip
     for path in files if copies else ():
         _check_copies(path, copies)
     return weights
@@ -103,24 +115,37 @@ def _files(folder: Path) -> list[Path]:
         return files
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        files = sorted(folder / name for name in names)
+    except (
+        OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError,
+    ) as error:  # fmt: skip
         raise ModelLoadError(f"{index} is corrupt: {error!r}; download the model again") from error
-    files = sorted(folder / name for name in names)
     for path in files:
         if path.parent != folder:
             raise ModelLoadError(f"{index} names {path}, which is outside of the model's folder")
-        if not path.exists():
+        if not os.path.exists(path):  # Path.exists raises where a name is too long
             raise ModelLoadError(f"{path} is missing, though {index.name} names it")
     return files
 
 
-def _load_file(path: Path, wanted: dict[str, Tensor], found: dict[str, Path]) -> None:
-    """Copy the file's wanted tensors to their places, and note where they were found."""
+def _load_file(path: Path, wanted: dict[str, Tensor], found: dict[str, Path]) -> list[str]:
+    """Copy the file's wanted tensors to their places, and note where they were found. The others'
+    names."""
+    others: list[str] = []
+    try:
+        # safetensors calls every file that it cannot open a missing one.
+        path.open("rb").close()
+    except OSError as error:
+        raise ModelLoadError(
+            f"{path} cannot be read: {error}; let the server's user read it, or download the model "
+            "again"
+        ) from error
     try:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
                 target = wanted.get(name)
                 if target is None:
+                    others.append(name)
                     continue
                 if name in found:
                     raise ModelLoadError(
@@ -143,6 +168,7 @@ def _load_file(path: Path, wanted: dict[str, Tensor], found: dict[str, Path]) ->
                 found[name] = path
     except (SafetensorError, OSError, ValueError) as error:
         raise ModelLoadError(f"{path} is corrupt: {error}; download the model again") from error
+    return others
 
 
 def _check_copies(path: Path, copies: dict[str, Tensor]) -> None:

@@ -105,6 +105,23 @@ def test_a_truncated_file_is_called_corrupt(folder, size):
         load(folder)
 
 
+@pytest.mark.parametrize("kind", ["link to nowhere", "folder", "no permission"])
+def test_a_file_that_cannot_be_read_is_not_called_corrupt(folder, monkeypatch, kind):
+    path = folder / "model.safetensors"
+    if kind == "no permission":
+        # safetensors says of it that there is no such file. (A mode would not stop root.)
+        def denied(*_):
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr("pathlib.Path.open", denied)
+    else:
+        path.unlink()
+        path.mkdir() if kind == "folder" else path.symlink_to("../blobs/gone")
+    why = {"folder": "Is a directory", "no permission": "Permission denied"}.get(kind, "No such")
+    with pytest.raises(ModelLoadError, match=rf"model\.safetensors cannot be read: .*{why}"):
+        load_weights(folder, [], torch.float32, CPU)
+
+
 def test_a_folder_without_weights_says_what_it_looked_for(folder):
     (folder / "model.safetensors").unlink()
     with pytest.raises(ModelLoadError, match=r"no \*\.safetensors file"):
@@ -139,14 +156,26 @@ def test_a_tensor_in_two_files_is_named_with_both(folder):
         load(folder)
 
 
+def test_what_the_file_has_and_config_json_does_not_ask_for_is_told(folder, caplog):
+    load(folder)
+    assert not caplog.messages
+    bias = "model.layers.0.self_attn.q_proj.bias"
+    edit(folder, lambda t: t.update({bias: torch.ones(64)}))
+    load(folder)
+    (message,) = caplog.messages
+    assert f"1 tensors are not used, among them {bias}" in message
+    assert "config.json" in message
+
+
 @pytest.mark.parametrize("same", [True, False])
-def test_a_tied_checkpoint_may_hold_its_head_but_no_other(tmp_path, same):
+def test_a_tied_checkpoint_may_hold_its_head_but_no_other(tmp_path, caplog, same):
     model = make_hf_model(tie_word_embeddings=True)
     folder = save(model, tmp_path)
     head = model.lm_head.weight.detach().clone()
     edit(folder, lambda tensors: tensors.update({"lm_head.weight": head if same else head + 1}))
     if same:
         assert torch.equal(load(folder)["embedding"], head)
+        assert not caplog.messages
     else:
         with pytest.raises(ModelLoadError, match=r"lm_head\.weight is not the embedding"):
             load(folder)
@@ -166,11 +195,31 @@ def test_the_head_of_a_tied_checkpoint_may_be_in_another_file(tmp_path, same):
             load(folder)
 
 
-@pytest.mark.parametrize("index", ["{", "[]", "{}", '{"weight_map": 3}'])
+@pytest.mark.parametrize(
+    "index",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"weight_map": 3}',
+        '{"weight_map": {"model.norm.weight": 3}}',
+        '{"weight_map": {"model.norm.weight": null}}',
+        "[" * 100_000,
+    ],
+    ids=["cut", "list", "empty", "no-map", "number", "null", "deep"],
+)
 def test_a_corrupt_index_is_named(folder, index):
     (folder / "model.safetensors").rename(folder / "other.safetensors")
     (folder / "model.safetensors.index.json").write_text(index)
     with pytest.raises(ModelLoadError, match=r"index\.json is corrupt"):
+        load(folder)
+
+
+def test_a_name_in_the_index_that_no_file_can_have_is_a_missing_file(folder):
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+    index = {"weight_map": {"model.norm.weight": "a" * 300}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelLoadError, match=r"aaa is missing"):
         load(folder)
 
 
