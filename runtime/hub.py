@@ -17,10 +17,17 @@ def resolve_model(model: Path | str) -> Path:
     A repository is downloaded, with a progress bar, unless the hub's cache holds it already;
     `HF_HUB_OFFLINE=1` never touches the network. Raises ModelLoadError.
     """
-    folder = Path(model).expanduser()
-    if folder.is_dir():
+    try:
+        folder = Path(model).expanduser()
+        is_folder, exists = folder.is_dir(), folder.exists()
+    except (OSError, RuntimeError) as error:  # no permission, too long, no such user's home
+        raise ModelLoadError(
+            f"the model {str(model)!r} cannot be looked at: {error}; the server's user must be "
+            "able to enter the folders above it"
+        ) from error
+    if is_folder:
         return folder
-    if folder.exists():
+    if exists:
         raise ModelLoadError(f"the model {model} is a file: give the folder that holds it")
     name = str(model)
     if not _REPOSITORY.fullmatch(name):

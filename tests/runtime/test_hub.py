@@ -30,6 +30,24 @@ def test_what_is_neither_folder_nor_hub_id_is_refused(name):
         resolve_model(name)
 
 
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [("a" * 300, "File name too long"), ("~nobody-of-this-name/model", "home directory")],
+)
+def test_a_path_that_cannot_be_looked_at_says_why(name, why):
+    with pytest.raises(ModelLoadError, match=f"cannot be looked at: .*{why}"):
+        resolve_model(name)
+
+
+def test_a_folder_in_another_users_folder_says_so(tmp_path, monkeypatch):
+    def denied(*_, **__):  # a mode would not stop root
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.stat", denied)
+    with pytest.raises(ModelLoadError, match=r"Permission denied.*server.s user"):
+        resolve_model(tmp_path / "model")
+
+
 def offline(cache: Path, model: str) -> subprocess.CompletedProcess[str]:
     """`resolve_model` in a process of its own: the hub reads its environment once."""
     code = (
