@@ -22,18 +22,33 @@ INLINE_CHARS = 2048
 
 
 async def prompt_ids(request: generation_pb2.GenerateRequest, model: ServedModel) -> list[int]:
-    """Raises InvalidRequest for a chat that the model's template refuses."""
+    """Raises InvalidRequest for a chat that the model's template refuses, and for a text with a
+    token that the model's weights do not have."""
     kind = request.WhichOneof("prompt")
     if kind == "token_ids":
         return list(request.token_ids.ids)
     if kind == "text":
-        return await encode_text(model, request.text, add_special_tokens=True)
+        ids = await encode_text(model, request.text, add_special_tokens=True)
+        return _embedded("text", ids, model)
     text = await asyncio.to_thread(_render, request.chat, model)
     check = Check()
     check_text(check, "chat", len(text), model)
     check.done()
     # The template writes the special tokens itself.
-    return await encode_text(model, text, add_special_tokens=False)
+    ids = await encode_text(model, text, add_special_tokens=False)
+    return _embedded("chat", ids, model)
+
+
+def _embedded(field: str, ids: list[int], model: ServedModel) -> list[int]:
+    """The ids, if the model has an embedding for each: tokens may have been added to its tokenizer
+    alone, and the engine ends at an id outside of the table."""
+    size = model.card.vocab_size
+    if model.tokenizer.vocab_size > size and (worst := max(ids, default=0)) >= size:
+        written = model.tokenizer.token_bytes(worst).decode("utf-8", "replace")
+        raise InvalidRequest(
+            field, f"token {worst}, {written[:100]!r}, is outside the model's vocabulary of {size}"
+        )
+    return ids
 
 
 async def encode_text(model: ServedModel, text: str, *, add_special_tokens: bool) -> list[int]:

@@ -273,6 +273,25 @@ def test_a_template_that_loops_costs_one_request(tmp_path: Path) -> None:
         assert client.generate(prompt, temperature=0.0).text == "5 + 5 = 10"
 
 
+def test_a_token_that_the_weights_do_not_have_costs_one_request(tmp_path: Path) -> None:
+    folder = copy_model(tmp_path)
+    added = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
+    # As where somebody adds tokens to a tokenizer, and leaves the model as it is.
+    added.append({**added[-1], "id": 5000, "content": "<tool>"})
+    edit_json(folder / "tokenizer.json", added_tokens=added)
+    with serving(str(folder)) as served, Client(served.target, attempts=1) as client:
+        engine = served.engine()
+        for field, prompt in (
+            ("text", "a <tool>"),
+            ("chat", [{"role": "user", "content": "a <tool>"}]),
+        ):
+            with pytest.raises(InvalidRequest, match="5000, '<tool>', is outside") as caught:
+                client.generate(prompt)
+            assert caught.value.field == field
+        assert client.generate("40 + 2 =", temperature=0.0).text == " 42"
+        assert served.engine().pid == engine.pid
+
+
 def fail_to_start(*arguments: str) -> str:
     """Runs `zllm serve`, which must end with 1; returns what it said of it."""
     done = subprocess.run([*SERVE, *arguments], capture_output=True, text=True, timeout=60)
