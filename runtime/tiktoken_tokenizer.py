@@ -1,8 +1,9 @@
 """Byte-level BPE by tiktoken, from a parsed tokenizer.json.
 
 tiktoken merges the pair whose concatenation has the lowest id; the file lists merges in order of
-priority. Both give the same ids where ids rise with that order, which is checked: a file that
-breaks it, or has a step that is not known here, raises NotByteLevelBPEError.
+priority. Both give the same ids where ids rise with that order and the merges reach every token,
+which is checked: a file that breaks it, or has a step that is not known here, raises
+NotByteLevelBPEError.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from itertools import pairwise
 from typing import Any
 
 import tiktoken
+from tokenizers.models import BPE
 from tokenizers.normalizers import NFC
 
 from zllm.errors import InvalidRequest
@@ -132,13 +134,19 @@ def _ranks(model: dict[str, Any]) -> dict[bytes, int]:
     vocab: dict[str, int] = model["vocab"]
     if not all(char in vocab for char in BYTE_CHARS):
         raise NotByteLevelBPEError("its vocabulary lacks some of the 256 bytes")
-    merged = [
-        merge.replace(" ", "", 1) if isinstance(merge, str) else merge[0] + merge[1]
-        for merge in model["merges"]
+    merges = [
+        tuple(merge.split(" ", 1) if isinstance(merge, str) else merge) for merge in model["merges"]
     ]
+    merged = [left + right for left, right in merges]
     ids = [vocab[token] for token in merged]
     if any(a > b for a, b in pairwise(ids)):
         raise NotByteLevelBPEError("its ids do not rise with the order of its merges")
+    # tiktoken merges any two that make a token. Where the listed pair never meets, as other merges
+    # take its parts before, the token would be tiktoken's alone.
+    listed = BPE(vocab=vocab, merges=merges)
+    for token in merged:
+        if len(listed.tokenize(token)) != 1:
+            raise NotByteLevelBPEError(f"its merges do not reach the token {token!r}")
     # With ignore_merges a piece that is in the vocabulary is one token, merges or not.
     reachable = vocab if model.get("ignore_merges") else dict(zip(merged, ids, strict=True))
     bytes_alone = {char: vocab[char] for char in BYTE_CHARS}

@@ -164,6 +164,20 @@ def test_merges_out_of_the_order_of_ids_go_to_tokenizers(tmp_path: Path) -> None
     assert_same_ids(ours, reference, 200)
 
 
+def test_a_token_that_no_merge_reaches_goes_to_tokenizers(tmp_path: Path) -> None:
+    reference = trained(pre_tokenizers.ByteLevel(add_prefix_space=False))
+    file = json.loads(reference.to_str())
+    # Somebody's own word, added by hand: "qx" is merged first, so "jq" and "x" never meet.
+    for left, right in (("q", "x"), ("j", "q"), ("jq", "x")):
+        file["model"]["vocab"][left + right] = len(file["model"]["vocab"])
+        file["model"]["merges"].append([left, right])
+    reference = tokenizers.Tokenizer.from_str(json.dumps(file))
+    ours = loaded(reference, tmp_path)
+    assert isinstance(ours, HFTokenizer)
+    assert ours.encode("jqx") == reference.encode("jqx").ids
+    assert len(ours.encode("jqx")) == 2
+
+
 @pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word", "normalized"])
 @pytest.mark.parametrize("normalizer", [None, normalizers.NFC()], ids=["plain", "nfc"])
 def test_added_tokens_keep_their_flags(flag: str, normalizer: Any, tmp_path: Path) -> None:
