@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from zllm.errors import ConfigError, ModelLoadError
+from zllm.runtime.models.architectures import require_supported
 
 _DTYPES = {
     "float32": torch.float32,
@@ -146,9 +147,7 @@ class ModelConfig:
         if not isinstance(architectures, list) or not architectures:
             raise ModelLoadError("config.json: `architectures` names no architecture")
         # First of all: another architecture's fields have other names, and the lack of ours is no
-        # news. Imported here, for the registry's models are written against this file.
-        from zllm.runtime.models.registry import require_supported
-
+        # news.
         architecture = str(architectures[0])
         require_supported(architecture)
         if raw.get("quantization_config"):
@@ -162,9 +161,10 @@ class ModelConfig:
             )
         if raw.get("use_sliding_window"):
             raise ModelLoadError("config.json: use_sliding_window is true, which is not supported")
-        if any(kind != "full_attention" for kind in raw.get("layer_types") or ()):
+        layer_types = raw.get("layer_types") or []
+        if not isinstance(layer_types, list) or set(map(str, layer_types)) - {"full_attention"}:
             raise ModelLoadError(
-                f"config.json: layer_types is {raw['layer_types']!r}: only 'full_attention' is "
+                f"config.json: layer_types is {layer_types!r}: only a list of 'full_attention' is "
                 "supported"
             )
         num_heads = _integer(raw, "num_attention_heads")

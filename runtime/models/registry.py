@@ -8,9 +8,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from zllm.errors import ModelLoadError
 from zllm.runtime.kv_cache import KVCache
 from zllm.runtime.model_config import ModelConfig
+from zllm.runtime.models.architectures import require_supported
 from zllm.runtime.models.parameters import Parameter, Weights
 from zllm.runtime.models.qwen3 import Qwen3
 from zllm.runtime.ops import Batch, Ops
@@ -38,19 +38,10 @@ class Model(Protocol):
         ...
 
 
-_MODELS: dict[str, type[Model]] = {"Qwen3ForCausalLM": Qwen3}
-
-
-def require_supported(architecture: str) -> None:
-    """Raises ModelLoadError where no class serves the architecture."""
-    if architecture not in _MODELS:
-        raise ModelLoadError(
-            f"config.json: the architecture {architecture!r} is not supported; "
-            f"supported are {', '.join(sorted(_MODELS))}"
-        )
+MODELS: dict[str, type[Model]] = {"Qwen3ForCausalLM": Qwen3}
 
 
 def model_class(config: ModelConfig) -> type[Model]:
     """The class of the config's architecture. Raises ModelLoadError where there is none."""
     require_supported(config.architecture)
-    return _MODELS[config.architecture]
+    return MODELS[config.architecture]

@@ -13,7 +13,8 @@ from transformers import Qwen3Config
 from tests.runtime.checkpoints import make_hf_model, save
 from zllm.errors import ConfigError, ModelLoadError
 from zllm.runtime.model_config import ModelConfig
-from zllm.runtime.models.registry import model_class
+from zllm.runtime.models.architectures import SUPPORTED
+from zllm.runtime.models.registry import MODELS, model_class
 
 BASE: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -171,7 +172,8 @@ def test_without_generation_config_the_models_own_end_token_counts():
         ({"eos_token_id": [None]}, r"eos_token_id is \[None\]"),
         ({"eos_token_id": 2**40}, "eos_token_id is"),
         ({"use_sliding_window": True}, "use_sliding_window"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is .*only 'full"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is .*'full_att"),
+        ({"layer_types": 5}, "layer_types is 5: only a list"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
     ],
 )
@@ -228,3 +230,7 @@ def test_both_files_are_read_from_the_folder(tmp_path):
     config = ModelConfig.from_folder(tmp_path)
     assert config.vocab_size == 1000
     assert config.sampling.min_p == 0.1
+
+
+def test_what_is_supported_by_name_has_a_class() -> None:
+    assert set(SUPPORTED) == set(MODELS)
