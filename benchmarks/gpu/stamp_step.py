@@ -84,44 +84,50 @@ def put_stamps(root: Path, config: ModelConfig, address: int) -> None:
     which = f"{KERNELS.index('qkv')}"
     for name, (n, k) in shapes.items():
         which = f"n == {n} && k == {k} ? {KERNELS.index(name)} : {which}"
-    _replace(
+    _insert(
         root / "kernels/linear_wgmma.cu",
-        ("  const int first = min(", f"  Stamps stamps({which}, threadIdx.x == 0);\n", 0),
-        ("  wait_for_previous();\n", "  stamps.mark(1);\n", 1),
-        ("    wgmma_fence();\n", "    stamps.mark_first(2);\n", 0),
-        ("  wgmma_wait<0>();\n", "  stamps.mark(3);\n", 1),
-        ("\n#endif\n}", "\n  stamps.end();", 0),
+        before={
+            "  const int first = min(": f"  Stamps stamps({which}, threadIdx.x == 0);\n",
+            "    wgmma_fence();\n": "    stamps.mark_first(2);\n",
+            "\n#endif\n}": "\n  stamps.end();",
+        },
+        behind={
+            "  wait_for_previous();\n": "  stamps.mark(1);\n",
+            "  wgmma_wait<0>();\n": "  stamps.mark(3);\n",
+        },
     )
-    rope = KERNELS.index("rope")
-    _replace(
+    rope, attention = KERNELS.index("rope"), KERNELS.index("attention")
+    _insert(
         root / "kernels/rope_cache.cu",
-        ("  let_next_start();\n", f"  Stamps stamps({rope}, threadIdx.x == 0);\n", 0),
-        ("  wait_for_previous();\n  const int row", "  stamps.mark(1);\n", 2),
-        ("      store_vec(p + HEAD_DIM / 2, b);\n", "      stamps.end();\n", 1),
+        before={
+            "  let_next_start();\n": f"  Stamps stamps({rope}, threadIdx.x == 0);\n",
+            "  const int row = slot": "  stamps.mark(1);\n",
+        },
+        behind={"      store_vec(p + HEAD_DIM / 2, b);\n": "      stamps.end();\n"},
     )
-    attention = KERNELS.index("attention")
-    _replace(
+    _insert(
         root / "kernels/attention_decode.cu",
-        ("  let_next_start();\n", f"  Stamps stamps({attention}, threadIdx.x == 0);\n", 0),
-        ("  wait_for_previous();\n", "  stamps.mark(1);\n", 1),
-        ("      const int valid = min(", "      stamps.mark_first(2);\n", 0),
-        ("    accumulator.finish();\n", "    stamps.mark(3);\n", 1),
-        ("results take the shared memory\n  }\n", "  stamps.end();\n", 1),
+        before={
+            "  let_next_start();\n": f"  Stamps stamps({attention}, threadIdx.x == 0);\n",
+            "      const int valid = min(": "      stamps.mark_first(2);\n",
+        },
+        behind={
+            "  wait_for_previous();\n": "  stamps.mark(1);\n",
+            "    accumulator.finish();\n": "    stamps.mark(3);\n",
+            "results take the shared memory\n  }\n": "  stamps.end();\n",
+        },
     )
 
 
-def _replace(path: Path, *insertions: tuple[str, str, int]) -> None:
-    """Insert text before (0) or behind (1) a place of the source, which is to stand there once;
-    behind its first line (2)."""
+def _insert(path: Path, *, before: dict[str, str], behind: dict[str, str]) -> None:
+    """Text at places of the source, each of which is to stand there once."""
     text = path.read_text()
-    for place, new, where in insertions:
+    for place in (*before, *behind):
         if text.count(place) != 1:
             raise SystemExit(
                 f"{path.name} has changed: {place!r} stands there {text.count(place)}x"
             )
-        line, rest = place.split("\n", 1) if where == 2 else (place, "")
-        both = (new + place, place + new, f"{line}\n{new}{rest}")[where]
-        text = text.replace(place, both)
+        text = text.replace(place, before.get(place, "") + place + behind.get(place, ""))
     path.write_text(text)
 
 
