@@ -12,7 +12,7 @@ from zllm.cuda.checks import INT, require, require_pinned, require_vectors
 from zllm.cuda.compiler import Program
 from zllm.cuda.launcher import KernelLibrary
 
-_TAKE_THREADS = 1024
+_THREADS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +79,11 @@ class BatchExpander:
 
     def __init__(self, kernels: KernelLibrary, arena_macros: Mapping[str, int]) -> None:
         which = program(arena_macros)
-        self._take = kernels.get(which.source, "take_arena", which.defines)
-        self._expand = kernels.get(which.source, "expand_batch", which.defines)
+        self._take = kernels.get(which.source, "take_batch", which.defines)
         self._device = kernels.device
         self._pdl = kernels.pdl
         self._param_words = arena_macros["PARAM_WORDS"]
+        self._header_words = arena_macros["HEADER_WORDS"]
 
     def __call__(self, arenas: Arenas, tables: BatchTables, batch: BatchTensors) -> None:
         """Take over the arena of the step after the one that `arenas.own` has, apply its updates to
@@ -97,15 +97,12 @@ class BatchExpander:
         self._check(arenas, tables, batch)
         num_rows, max_blocks = tables.block_table.shape
         p, r, s = len(batch.tokens), len(batch.rows), len(batch.sample_rows)
+        # What a step of one token a row comes to, each in a new block.
+        expected = self._header_words + 4 * r + 1 + p + 3 * r
+        ahead = min(-(-expected // 4), _THREADS, len(arenas.own) // 4)
         self._take.launch(
             (1, 1, 1),
-            (_TAKE_THREADS, 1, 1),
-            (arenas.own, tables.block_table, tables.params, *arenas.pinned, max_blocks),
-            pdl=self._pdl,
-        )
-        self._expand.launch(
-            (-(-p // 256) + 2, 1, 1),
-            (256, 1, 1),
+            (_THREADS, 1, 1),
             (
                 batch.tokens,
                 batch.positions,
@@ -117,7 +114,10 @@ class BatchExpander:
                 batch.sample_rows,
                 arenas.own,
                 tables.block_table,
+                tables.params,
                 tables.last_token,
+                *arenas.pinned,
+                ahead,
                 max_blocks,
                 p,
                 r,

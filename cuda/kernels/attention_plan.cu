@@ -137,47 +137,49 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     shares[c] = s;
   }
 
-  // Counting sort by falling cost; the order within a bin does not matter.
-  const auto tile_of = [&](int i) {
-    const int r = find(tile_prefix, num_rows, i, 1);
-    const int begin = q_start[r];
-    return PrefillTile{begin, q_start[r + 1] - begin, kv_len[r], rows[r], i - tile_prefix[r]};
-  };
-  const auto key_tiles = [&](const PrefillTile& t) {
-    return cdiv(tile_keys_seen(t, tile_rows, group), tile_keys);
-  };
-  for (int i = thread; i < sum.tiles; i += kThreads) atomicAdd(&all_tiles, key_tiles(tile_of(i)));
-  __syncthreads();
-  const i64 all = static_cast<i64>(all_tiles) * num_kv_heads;
-  const int even = num_blocks ? max(kMinKeyTiles, static_cast<int>((all + num_blocks - 1) / num_blocks))
-                              : 1 << 29;
-  const int most = cdiv(max_keys, tile_keys);
-  int count = 0;
-  for (int pass = 0; pass < 2; ++pass) {
-    for (int i = thread; i < sum.tiles; i += kThreads) {
-      PrefillTile tile = tile_of(i);
-      const int cost = key_tiles(tile), parts = cost >= 2 * even ? cdiv(cost, even) : 1;
-      const int bin = static_cast<int>(static_cast<i64>(most - cost / parts) * (kBins - 1) / most);
-      const int place = atomicAdd(bins + bin, parts);
-      if (pass == 0) continue;
-      tile.count = count;
-      tile.parts = parts;
-      tile.slot = parts > 1 ? atomicAdd(&slots, parts) : 0;
-      for (int part = 0; part < parts && place + part < max_tiles; ++part) {
-        tile.part = part;
-        tiles[place + part] = tile;
+  if (max_tiles > 0) {  // else every row has one token
+    // Counting sort by falling cost; the order within a bin does not matter.
+    const auto tile_of = [&](int i) {
+      const int r = find(tile_prefix, num_rows, i, 1);
+      const int begin = q_start[r];
+      return PrefillTile{begin, q_start[r + 1] - begin, kv_len[r], rows[r], i - tile_prefix[r]};
+    };
+    const auto key_tiles = [&](const PrefillTile& t) {
+      return cdiv(tile_keys_seen(t, tile_rows, group), tile_keys);
+    };
+    for (int i = thread; i < sum.tiles; i += kThreads) atomicAdd(&all_tiles, key_tiles(tile_of(i)));
+    __syncthreads();
+    const i64 all = static_cast<i64>(all_tiles) * num_kv_heads;
+    const int even = num_blocks ? max(kMinKeyTiles, static_cast<int>((all + num_blocks - 1) / num_blocks))
+                                : 1 << 29;
+    const int most = cdiv(max_keys, tile_keys);
+    int count = 0;
+    for (int pass = 0; pass < 2; ++pass) {
+      for (int i = thread; i < sum.tiles; i += kThreads) {
+        PrefillTile tile = tile_of(i);
+        const int cost = key_tiles(tile), parts = cost >= 2 * even ? cdiv(cost, even) : 1;
+        const int bin = static_cast<int>(static_cast<i64>(most - cost / parts) * (kBins - 1) / most);
+        const int place = atomicAdd(bins + bin, parts);
+        if (pass == 0) continue;
+        tile.count = count;
+        tile.parts = parts;
+        tile.slot = parts > 1 ? atomicAdd(&slots, parts) : 0;
+        for (int part = 0; part < parts && place + part < max_tiles; ++part) {
+          tile.part = part;
+          tiles[place + part] = tile;
+        }
+      }
+      __syncthreads();
+      if (pass == 0) {
+        const Counts mine = {bins[thread], 0, 0};
+        Counts total;
+        bins[thread] = block_scan(mine, total).decodes - mine.decodes;
+        count = min(total.decodes, max_tiles);
+        __syncthreads();
       }
     }
-    __syncthreads();
-    if (pass == 0) {
-      const Counts mine = {bins[thread], 0, 0};
-      Counts total;
-      bins[thread] = block_scan(mine, total).decodes - mine.decodes;
-      count = min(total.decodes, max_tiles);
-      __syncthreads();
-    }
+    for (int i = count + thread; i < max_tiles; i += kThreads) tiles[i] = {};
   }
-  for (int i = count + thread; i < max_tiles; i += kThreads) tiles[i] = {};
 
   // Last of all, so that whatever starts after this kernel may read the plan, and what was written
   // before it, without waiting: attention asks for old keys and values while its queries are made.

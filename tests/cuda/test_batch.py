@@ -38,7 +38,11 @@ class _Step:
     """A random step: its arena, and what the device should make of it."""
 
     def __init__(
-        self, rng: np.random.Generator, tables: dict[str, Array], lengths: list[int]
+        self,
+        rng: np.random.Generator,
+        tables: dict[str, Array],
+        lengths: list[int],
+        most_updates: int = 900,
     ) -> None:
         max_rows, max_blocks = tables["block_table"].shape
         rows = rng.permutation(max_rows - 1)[: len(lengths)]
@@ -49,10 +53,10 @@ class _Step:
         on_device = (np.array(lengths) == 1) & (rng.random(len(rows)) < 0.5)
         flags |= np.where(on_device, layout.F_TOKEN_ON_DEVICE, 0)
         tokens = rng.integers(1, 1000, total)
-        entries = rng.permutation((max_rows - 1) * max_blocks)[: rng.integers(0, 900)]
+        entries = rng.permutation((max_rows - 1) * max_blocks)[: rng.integers(0, most_updates)]
         blocks = rng.integers(1, 5000, len(entries))
         updates = np.stack([entries // max_blocks, entries % max_blocks, blocks], axis=1)
-        new_rows = rng.permutation(max_rows - 1)[: rng.integers(0, max_rows)]
+        new_rows = rng.permutation(max_rows - 1)[: rng.integers(0, min(max_rows, most_updates))]
         params = rng.integers(-(2**31), 2**31, (len(new_rows), layout.PARAM_WORDS))
         params[:, layout.P_ROW] = new_rows
         self.arena = _pack(
@@ -93,17 +97,24 @@ class _Step:
 
 
 @pytest.mark.parametrize(
-    ("lengths", "padded_tokens", "padded_rows"),
+    ("lengths", "padded_tokens", "padded_rows", "most_updates"),
     [
-        pytest.param([1, 1, 1, 40], 64, 8, id="small"),
-        ([1] * 256, 256, 256),
-        ([1] * 255 + [1793], 2048, 256),
-        ([700, 1, 3], 1024, 3),
-        ([1] * 1500, 1504, 1600),
+        pytest.param([1, 1, 1, 40], 64, 8, 900, id="small"),
+        # Little enough for all of it to be asked for at once.
+        pytest.param([1, 1, 1, 40], 64, 8, 2, id="small-few-updates"),
+        ([1] * 256, 256, 256, 20),
+        ([1] * 256, 256, 256, 900),
+        ([1] * 255 + [1793], 2048, 256, 900),
+        ([700, 1, 3], 1024, 3, 900),
+        ([1] * 1500, 1504, 1600, 900),
     ],
 )
 def test_arena_becomes_the_padded_batch(
-    kernels: KernelLibrary, lengths: list[int], padded_tokens: int, padded_rows: int
+    kernels: KernelLibrary,
+    lengths: list[int],
+    padded_tokens: int,
+    padded_rows: int,
+    most_updates: int,
 ) -> None:
     rng = np.random.default_rng(len(lengths))
     max_rows, max_blocks = max(len(lengths), 300) + 1, 128
@@ -124,7 +135,7 @@ def test_arena_becomes_the_padded_batch(
     numbers = [2**31 - 1, 0, 1]
     for number, pinned in zip(numbers, (*arenas.pinned, arenas.pinned[0]), strict=True):
         # Nothing may be left of the step before, in its own arena or in this one's place.
-        step = _Step(rng, tables, lengths)
+        step = _Step(rng, tables, lengths, most_updates)
         step.arena[layout.H_STEP] = number
         pinned[: len(step.arena)] = torch.from_numpy(step.arena)
         _replay(graph, batch, device, step)
