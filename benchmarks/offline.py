@@ -179,18 +179,25 @@ def prefill_tflop(name: str, sequences: int, length: int) -> float:
 
 
 def start_to_first_token(name: str, cache: Path, checkpoint: Path | None = None) -> float:
-    """Seconds of a whole process that starts an engine and gets one token."""
+    """Seconds until a new process, which starts an engine, has a token."""
     code = (
         "import sys, pathlib; sys.path.insert(0, sys.argv[1]); import offline;"
-        "offline.Bench(sys.argv[2], *map(pathlib.Path, sys.argv[3:])).run([[1, 2, 3]], [1])"
+        "offline.Bench(sys.argv[2], *map(pathlib.Path, sys.argv[3:])).run([[1, 2, 3]], [1]);"
+        "print('a token', flush=True)"
     )
     start = time.perf_counter()
-    subprocess.run(
+    with subprocess.Popen(
         [sys.executable, "-c", code, str(HERE), name, *([str(checkpoint)] if checkpoint else [])],
-        check=True,
         env={**os.environ, "ZLLM_KERNEL_CACHE": str(cache)},
-    )
-    return time.perf_counter() - start
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        came = any(line == "a token\n" for line in process.stdout)
+        took = time.perf_counter() - start
+    if not came or process.returncode:
+        raise RuntimeError(f"the process ended with {process.returncode} and no token")
+    return took
 
 
 def start_from_page_cache(name: str, cache: Path) -> float:
