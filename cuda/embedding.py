@@ -1,12 +1,16 @@
-"""Rows of a matrix by index (kernels/embedding.cu)."""
+"""Rows of a matrix by index (kernels/embedding.cu), also with what the product behind a norm needs
+of them (kernels/norm.cu)."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from zllm.cuda import norm
 from zllm.cuda.checks import FLOATS, INT, require, require_vectors
 from zllm.cuda.compiler import Program
 from zllm.cuda.launcher import KernelLibrary
+from zllm.cuda.linear import ScaledRows
 
 PROGRAM = Program("embedding.cu")
 
@@ -35,3 +39,27 @@ def take_rows(
 
 
 embed = take_rows
+
+
+def embed_scaled(
+    kernels: KernelLibrary, table: Tensor, tokens: Tensor, gains: Tensor
+) -> tuple[Tensor, ScaledRows]:
+    """`embed` of [N, H] and [P] int32, and what `SkinnyLinear.linear_of_scaled` takes instead of
+    rms_norm of that with `gains` [H]. bfloat16, as rows * gains must not overflow."""
+    device = kernels.device
+    require("table", table, (torch.bfloat16,), (None, None), device)
+    require_vectors("table", table)
+    require("tokens", tokens, INT, (None,), device)
+    (num_rows, hidden), count = table.shape, tokens.shape[0]
+    require("gains", gains, (table.dtype,), (hidden,), device)
+    require_vectors("gains", gains)
+    out, scaled = (table.new_empty(count, hidden) for _ in range(2))
+    squares = torch.empty(1, count, dtype=torch.float32, device=table.device)
+    which = norm.program(table.dtype, hidden, count)
+    kernels.get(which.source, "embed_scaled", which.defines).launch(
+        (count, 1, 1),
+        (int(which.defines["THREADS"]), 1, 1),
+        (out, scaled, squares, table, gains, tokens, num_rows),
+        pdl=kernels.pdl,
+    )
+    return out, ScaledRows(scaled, squares)

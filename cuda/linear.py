@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from zllm.cuda.checks import INT, require
 from zllm.cuda.compiler import Program
 from zllm.cuda.launcher import KernelLibrary
 from zllm.cuda.linear_plans import (
@@ -21,17 +23,22 @@ from zllm.cuda.linear_plans import (
     Tiled,
     faster_than_cublas,
     is_head,
+    qkv_plan,
     skinny_plan,
     tiled_plan,
     tiles_are_faster,
 )
+from zllm.cuda.logit_chunks import CHUNK, LogitChunks
 from zllm.cuda.occupancy import bytes_for_at_most
+from zllm.cuda.rope_cache import RopeCache
 from zllm.cuda.tensor_map import TensorMaps
 from zllm.errors import KernelError
 
 _SKINNY = "linear_skinny.cu", "linear_skinny"
 _TILED = "linear_wgmma.cu", "linear_wgmma"
 _SCALARS = {torch.bfloat16: "__nv_bfloat16", torch.float16: "__half"}
+HEAD_DIM = 128
+"""Of the heads that `qkv_of_scaled` takes."""
 _VECTOR = 8
 """Elements in the 16 bytes that one copy moves at least."""
 
@@ -82,6 +89,7 @@ class SkinnyLinear:
         norm: Tensor | None = None,
         eps: float = 1e-6,
         gated: bool = False,
+        chunks: LogitChunks | None = None,
     ) -> Tensor:
         """[M, K], [N, K] -> [M, N] in x's dtype: x weight^T, summed in float32. Any shape with
         1 <= M <= max_rows and K a multiple of 8 works, `supports` or not.
@@ -89,7 +97,8 @@ class SkinnyLinear:
         Fused, each optional: `norm` [K] applies RMSNorm (Zhang & Sennrich 2019) with `eps` to the
         rows of x first (bfloat16, as x * norm must not overflow, and up to MAX_NORM_ROWS); `gated`
         takes the first half of weight as gate and the second as up and gives silu(gate) * up,
-        [M, N / 2] (Shazeer 2020); `residual` of out's shape is added last and may be `out` itself.
+        [M, N / 2] (Shazeer 2020); `residual` of out's shape is added last and may be `out` itself;
+        `chunks` is filled, where `leaves_chunks`.
         """
         m, k = self._check_operands(x, weight, gated)
         n = weight.shape[0] // 2 if gated else weight.shape[0]
@@ -105,8 +114,9 @@ class SkinnyLinear:
 
         plan = self._plan(m, weight.shape[0], k, gated, norm is not None)
         if isinstance(plan, Tiled):
-            self._launch_tiled(plan, x, weight, out, residual=residual, gated=gated)
+            self._launch_tiled(plan, x, weight, out, residual=residual, gated=gated, chunks=chunks)
             return out
+        _check(chunks is None, f"chunks: not left by a product of {m} rows")
         macros = _macros(plan, x.dtype, norm is not None, residual is not None, gated)
         blocks = min(n, self._library.num_sms)
         shared_bytes = plan.shared_bytes(norm is not None)
@@ -147,16 +157,55 @@ class SkinnyLinear:
         return scaled
 
     def linear_of_scaled(
-        self, x: ScaledRows, weight: Tensor, *, eps: float, gated: bool = False
+        self,
+        x: ScaledRows,
+        weight: Tensor,
+        *,
+        eps: float,
+        gated: bool = False,
+        chunks: LogitChunks | None = None,
     ) -> Tensor:
-        """linear(rms_norm(h, gains, eps), weight, gated=gated) of the residual h that x is of."""
-        m, k = self._check_operands(x.rows, weight, gated)
+        """linear(rms_norm(h, gains, eps), weight, gated=gated, chunks=chunks) of the residual h
+        that x is of."""
+        m, k = self._check_scaled_rows(x, weight, gated)
         n = weight.shape[0]
-        self._check_scaled(m, n, k, x.rows.dtype)
-        _check(x.squares.shape[1] == m, f"x.squares: of {x.squares.shape[1]} rows, x.rows has {m}")
         out = torch.empty(m, n // 2 if gated else n, dtype=x.rows.dtype, device=x.rows.device)
         plan = self._tiled_plan(m, n, k, gated)
-        self._launch_tiled(plan, x.rows, weight, out, normed=x, eps=eps, gated=gated)
+        self._launch_tiled(plan, x.rows, weight, out, normed=x, eps=eps, gated=gated, chunks=chunks)
+        return out
+
+    def leaves_chunks(self, m: int, n: int, k: int, dtype: torch.dtype) -> bool:
+        """Whether `linear` of these sizes, without a norm, and `linear_of_scaled` may leave
+        LogitChunks."""
+        if not self.supports(m, n, k, dtype) or not self._is_tiled(m, n, k):
+            return False
+        plan = self._tiled_plan(m, n, k, gated=False)
+        return plan.split == 1 and not plan.swapped and plan.columns % CHUNK == 0
+
+    def leaves_norms(self, m: int, dtype: torch.dtype) -> bool:
+        """Whether products of m rows in a chain leave norms to each other."""
+        some = self.MAX_NORM_ROWS < m <= self.max_rows
+        return self._library.hopper and some and dtype == torch.bfloat16
+
+    def supports_qkv(self, m: int, n: int, k: int, head_dim: int, dtype: torch.dtype) -> bool:
+        """Whether `qkv_of_scaled` takes [m, k] x [n, k]^T, and is faster than two kernels."""
+        fits = head_dim == HEAD_DIM and self.supports_scaled(m, n, k, dtype)
+        return fits and qkv_plan(m, n, k, self._library.num_sms) is not None
+
+    def qkv_of_scaled(
+        self, x: ScaledRows, weight: Tensor, rope: RopeCache, *, eps: float, early: bool = False
+    ) -> Tensor:
+        """`rope_cache` of linear_of_scaled(x, weight, eps=eps), where `supports_qkv`: of it, q
+        [M, Hq, D] alone is written beside the cache. Sums are not rounded before they are
+        normalized. `early`: as in `rope_cache`."""
+        m, k = self._check_scaled_rows(x, weight)
+        n, dtype = weight.shape[0], x.rows.dtype
+        plan = qkv_plan(m, n, k, self._library.num_sms)
+        if plan is None or rope.head_dim != HEAD_DIM or rope.width != n:
+            raise KernelError(f"weight: {(n, k)} for {m} rows and {rope.width} of all heads")
+        rope.check(m, dtype, self._library.device)
+        out = torch.empty(m, rope.num_heads, HEAD_DIM, dtype=dtype, device=x.rows.device)
+        self._launch_tiled(plan, x.rows, weight, out, normed=x, eps=eps, rope=rope, early=early)
         return out
 
     def _launch_tiled(
@@ -172,8 +221,12 @@ class SkinnyLinear:
         normed: ScaledRows | None = None,
         eps: float = 0.0,
         gated: bool = False,
+        rope: RopeCache | None = None,
+        early: bool = False,
+        chunks: LogitChunks | None = None,
     ) -> None:
-        (m, k), n = x.shape, out.shape[1]
+        m, k = x.shape
+        n = weight.shape[0] // 2 if gated else weight.shape[0]
         x_rows = plan.x_rows(m)
         x_map = self._maps.get(x, (k, m), (k,), (plan.DEPTH, x_rows))
         if gated:
@@ -181,16 +234,27 @@ class SkinnyLinear:
             w_map = self._maps.get(weight, sizes, (k, n * k, 8 * k), box)
         else:
             w_map = self._maps.get(weight, (k, n), (k,), (plan.DEPTH, plan.columns))
-        macros = _macros(
-            plan, x.dtype, normed is not None, residual is not None, gated, scaled is not None
-        )
-        norm = scaled or normed
-        squares, parts = (norm.squares, norm.squares.shape[0]) if norm else (None, 0)
-        left = scaled.rows if scaled else None
+        norm = normed is not None
+        macros = _macros(plan, x.dtype, norm, residual is not None, gated, scaled is not None)
+        further: tuple[Any, ...] = ()
+        if rope is not None:
+            macros |= {"QKV": 1} | rope.macros
+            further = (*rope.arguments(), int(early))
+        if chunks is not None:
+            _check(plan.columns % CHUNK == 0, f"chunks: tiles have {plan.columns} columns")
+            macros["SAMPLED"] = 1
+            further = _chunk_arguments(chunks, m, n, x.device)
+        left = scaled or normed
+        squares, parts = (left.squares, left.squares.shape[0]) if left else (None, 0)
+        rows = scaled.rows if scaled else None
         self._library.get(*_TILED, macros).launch(
             plan.grid(m, weight.shape[0]),
             (plan.threads, 1, 1),
-            (x_map, w_map, out, residual, left, gains, squares, parts, eps, m, n, k, x_rows),
+            (
+                *(x_map, w_map, out, residual, rows, gains, squares, parts, eps),
+                *(m, n, k, x_rows),
+                *further,
+            ),
             shared_bytes=plan.shared_bytes,
             pdl=self._library.pdl,
         )
@@ -205,21 +269,41 @@ class SkinnyLinear:
         residual: bool = False,
         gated: bool = False,
     ) -> Iterator[Program]:
-        """The programs that products with an [n, k] weight need, whatever M; none for what is
-        cuBLAS's. `norm`: fused as far as it can be, also by what is left beside a `residual`."""
+        """The programs that products with an [n, k] weight need in a model, whatever M; none for
+        what is cuBLAS's. `norm`: fused as far as it can be, also by what is left beside a
+        `residual`; a vocabulary's also behind a kernel."""
         found: list[Program] = []
         sizes = (8, *TILE_ROWS)
         for fewest, m in zip((1, *(size + 1 for size in sizes)), sizes, strict=False):
             if self._takes(m, n, gated) and self.supports(fewest, n, k, dtype, gated):
-                with_norm = norm and m <= self.MAX_NORM_ROWS
-                plan = self._plan(m, n, k, gated, with_norm)
-                source = (_TILED if isinstance(plan, Tiled) else _SKINNY)[0]
-                found.append(Program(source, _macros(plan, dtype, with_norm, residual, gated)))
-                if (norm or residual) and self.supports_scaled(m, n, k, dtype):
+                few, head = m <= self.MAX_NORM_ROWS, is_head(n, self._library.num_sms)
+                scaled = (norm or residual) and self.supports_scaled(m, n, k, dtype)
+                sampled = not few and head and self.leaves_chunks(m, n, k, dtype)
+                if not scaled or few or head:
+                    plan = self._plan(m, n, k, gated, norm and few)
+                    source = (_TILED if isinstance(plan, Tiled) else _SKINNY)[0]
+                    macros = _macros(plan, dtype, norm and few, residual, gated)
+                    found.append(Program(source, macros | ({"SAMPLED": 1} if sampled else {})))
+                if scaled:
                     tiled = self._tiled_plan(m, n, k, gated)
                     macros = _macros(tiled, dtype, norm, residual, gated, scaled=residual)
+                    macros["SAMPLED"] = int(sampled)
                     found.append(Program(_TILED[0], macros))
         yield from (p for i, p in enumerate(found) if p not in found[:i])
+
+    def qkv_programs(
+        self, n: int, k: int, dtype: torch.dtype, macros: Mapping[str, str | int]
+    ) -> Iterator[Program]:
+        """Likewise of `qkv_of_scaled`. `macros`: `rope_cache.head_macros` of the model."""
+        found: list[Tiled] = []
+        for m in (self.MAX_NORM_ROWS + 1, *TILE_ROWS):
+            plan = qkv_plan(m, n, k, self._library.num_sms)
+            fits = plan is not None and self.supports_qkv(m, n, k, HEAD_DIM, dtype)
+            if plan is not None and fits and plan not in found:
+                found.append(plan)
+        for plan in found:
+            fused = _macros(plan, dtype, norm=True, residual=False, gated=False)
+            yield Program(_TILED[0], fused | {"QKV": 1} | dict(macros))
 
     def _takes(self, m: int, n: int, gated: bool) -> bool:
         return 1 <= m <= self.max_rows and (m <= 16 or not gated or n // 2 % UNIT == 0)
@@ -236,6 +320,14 @@ class SkinnyLinear:
     def _tiled_plan(self, m: int, n: int, k: int, gated: bool) -> Tiled:
         library = self._library
         return tiled_plan(m, n, k, library.num_sms, library.clusters_at_once(4), gated)
+
+    def _check_scaled_rows(
+        self, x: ScaledRows, weight: Tensor, gated: bool = False
+    ) -> tuple[int, int]:
+        m, k = self._check_operands(x.rows, weight, gated)
+        self._check_scaled(m, weight.shape[0], k, x.rows.dtype)
+        _check(x.squares.shape[1] == m, f"x.squares: of {x.squares.shape[1]} rows, x.rows has {m}")
+        return m, k
 
     def _check_scaled(self, m: int, n: int, k: int, dtype: torch.dtype) -> None:
         supported = self.supports_scaled(m, n, k, dtype)
@@ -271,8 +363,20 @@ def _macros(
 ) -> dict[str, str | int]:
     fused = {"ADD": int(residual), "GATED": int(gated), "NORM": int(norm)}
     if isinstance(plan, Tiled):
-        fused["SCALED"] = int(scaled)
+        fused |= {"SCALED": int(scaled), "QKV": 0, "SAMPLED": 0}
     return {"SCALAR": _SCALARS[dtype], **plan.macros(), **fused}
+
+
+def _chunk_arguments(chunks: LogitChunks, m: int, n: int, device: torch.device) -> tuple[Any, ...]:
+    index = device.index
+    require("chunks", chunks.chunks, (torch.float32,), (m, None, 2), index)
+    require("sample_rows", chunks.sample_rows, INT, (m,), index)
+    require("params", chunks.params, INT, (None, None), index)
+    pitch, words = chunks.chunks.shape[1], chunks.params.shape[1]
+    if pitch * CHUNK < n:
+        raise KernelError(f"chunks has {pitch} for each row: {n} logits are more")
+    temperatures = chunks.params.view(-1)[chunks.temperature :]
+    return chunks.chunks, chunks.sample_rows, temperatures, words, pitch
 
 
 def _check(condition: bool, message: str) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from zllm.cuda.checks import SCALARS, require, require_vectors
 from zllm.cuda.compiler import Program
 from zllm.cuda.launcher import KernelLibrary
-from zllm.cuda.rope_cache import RopeCache
+from zllm.cuda.rope_cache import RopeCache, head_macros
 from zllm.cuda.tensor_map import TensorMaps
 from zllm.errors import KernelError
 
@@ -159,8 +159,7 @@ def gated_program(dtype: torch.dtype, tile: Tile) -> Program:
 def qkv_program(
     dtype: torch.dtype, cache_dtype: torch.dtype, num_heads: int, num_kv_heads: int, qk_norm: bool
 ) -> Program:
-    heads = {"HEADS": num_heads, "KV_HEADS": num_kv_heads, "QK_NORM": int(qk_norm)}
-    macros = {**WIDE.macros(dtype), "CACHE": SCALARS[cache_dtype], **heads}
+    macros = WIDE.macros(dtype) | head_macros(cache_dtype, num_heads, num_kv_heads, qk_norm)
     return Program("linear_qkv.cu", macros)
 
 

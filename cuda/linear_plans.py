@@ -7,6 +7,7 @@ GPU they are still right, and perhaps not the fastest.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 SHARED_BYTES = 113 * 1024
 """What lets a block share its multiprocessor with one of the kernel that follows (228 KiB)."""
@@ -179,6 +180,7 @@ def tiles_are_faster(m: int, n: int, k: int) -> bool:
     return m > 8 or n * k > _LIGHT
 
 
+@cache
 def tiled_plan(
     m: int, n: int, k: int, num_sms: int, clusters_of_4: int, gated: bool = False
 ) -> Tiled:
@@ -203,11 +205,30 @@ def tiled_plan(
     while long and columns(split) < enough and split < most:
         split *= 2
     wide = columns(split)
-    if wide > _MOST_COLUMNS:  # a head: tile after tile
-        wide = 64 if rows == 64 and long else 128
+    if wide > _MOST_COLUMNS:
+        return _head_plan(rows, n, long, num_sms)
     plan = Tiled(rows, wide, split, 2 if light else 1)
     swapped = _swapped_plan(size, n, k, blocks)
     return swapped if swapped and swapped.cycles(size) < plan.cycles(size) else plan
+
+
+def _head_plan(rows: int, n: int, long: bool, num_sms: int) -> Tiled:
+    """Tile after tile. A vocabulary's take many rounds: where k is short, two blocks hide how each
+    other's tiles begin and end, or wide tiles are few."""
+    if n < 6 * 128 * num_sms:
+        return Tiled(rows, 64 if rows == 64 and long else 128, 1, 1)
+    if rows == 64:
+        return Tiled(64, 128, 1, 1 if long else 2)
+    return Tiled(rows, 192 if rows == 128 and not long else 128, 1, 1)
+
+
+@cache
+def qkv_plan(m: int, n: int, k: int, num_sms: int) -> Tiled | None:
+    """For m rows of x and n of W, which are heads of 128; None where two kernels are as fast."""
+    heads, high = n // 128, _ceil(m, 64)
+    if high == 1 and 2 * heads <= num_sms:
+        return Tiled(64, 128, 2, 1)
+    return Tiled(64, 128, 1, 1) if k < _LONG and high * heads <= num_sms else None
 
 
 def _swapped_plan(size: int, n: int, k: int, blocks: dict[int, int]) -> Tiled | None:

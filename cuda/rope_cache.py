@@ -34,18 +34,21 @@ def program(
     if tokens <= _FEW_TOKENS:
         lanes = 1 << (head_dim * dtype.itemsize // 32 - 1).bit_length()
         threads = min(1024, -(-(num_heads + 2 * num_kv_heads) * lanes // 32) * 32)
-    return Program(
-        "rope_cache.cu",
-        {
-            "SCALAR": SCALARS[dtype],
-            "CACHE": SCALARS[cache_dtype],
-            "HEADS": num_heads,
-            "KV_HEADS": num_kv_heads,
-            "HEAD_DIM": head_dim,
-            "QK_NORM": int(qk_norm),
-            "THREADS": threads,
-        },
-    )
+    heads = head_macros(cache_dtype, num_heads, num_kv_heads, qk_norm)
+    macros = {"SCALAR": SCALARS[dtype], "HEAD_DIM": head_dim, "THREADS": threads, **heads}
+    return Program("rope_cache.cu", macros)
+
+
+def head_macros(
+    cache_dtype: torch.dtype, num_heads: int, num_kv_heads: int, qk_norm: bool
+) -> dict[str, str | int]:
+    """What every kernel is told that turns heads and writes them to the cache."""
+    return {
+        "CACHE": SCALARS[cache_dtype],
+        "HEADS": num_heads,
+        "KV_HEADS": num_kv_heads,
+        "QK_NORM": int(qk_norm),
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +88,11 @@ class RopeCache:
     def width(self) -> int:
         """Of all heads of a token."""
         return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+
+    @property
+    def macros(self) -> dict[str, str | int]:
+        qk_norm = self.q_norm is not None
+        return head_macros(self.keys.dtype, self.num_heads, self.num_kv_heads, qk_norm)
 
     def check(self, tokens: int, dtype: torch.dtype, device: int) -> None:
         """That all fits P tokens of a model of `dtype`; raises KernelError."""

@@ -16,12 +16,11 @@ from torch import Tensor
 from zllm.cuda.checks import INT, SCALARS, require, require_pinned
 from zllm.cuda.compiler import Program
 from zllm.cuda.launcher import KernelLibrary
+from zllm.cuda.logit_chunks import CHUNK, LogitChunks
 from zllm.errors import KernelError
 
 _FLOAT = (torch.float32,)
 _COUNTS = (torch.int16,)
-_CHUNK = 64
-_PARTIAL_BYTES = 16
 _MAX_SPLITS = 64
 _CHOOSE_THREADS = 1024
 _MAX_VOCAB = 1 << 18
@@ -108,14 +107,14 @@ class Sampler:
         self._num_sms = kernels.num_sms
         self._pdl = kernels.pdl
         self._param_words = arena_macros["PARAM_WORDS"]
+        self._temperature = arena_macros["P_TEMPERATURE"]
         self.dtype = dtype
         self.vocab = vocab
         self.max_rows = max_rows
-        most = max(rows * self._splits(rows) for rows in range(1, max_rows + 1))
+        chunks = -(-vocab // CHUNK)
+        padded = -(-chunks // 4) * 4  # to whole groups
         where = f"cuda:{kernels.device}"
-        self._partials = torch.empty(most * _PARTIAL_BYTES, dtype=torch.uint8, device=where)
-        chunks = -(-vocab // _CHUNK)
-        self._chunks = torch.empty(max_rows * chunks, dtype=torch.float32, device=where)
+        self._chunks = torch.empty(max_rows, padded, 2, dtype=torch.float32, device=where)
         # struct Shared of sampler.cu: histogram, token list, weights, chunks and the small rest.
         self._shared_bytes = 2048 * 8 + 4096 * 8 + 256 * 8 + -(-chunks // 8) * 16 + 1024
 
@@ -127,13 +126,15 @@ class Sampler:
         last_token: Tensor,
         counts: Tensor | None = None,
         host: HostTokens | None = None,
+        *,
+        scanned: bool = False,
     ) -> None:
         """[S, V] -> tokens int32 [S], and last_token[row] of each: greedy where the temperature is
         0, else Gumbel-max over what min-p, then top-k, then top-p allow. -1 where a row's logits
         hold NaN or +inf, or are all -inf.
 
         counts: int16 [max_num_seqs + 1, V] or None; counts the sampled tokens for `edit`. `host`
-        gets the tokens, too.
+        gets the tokens, too. `scanned`: what made the logits has filled `chunks(rows)`.
         """
         num = self._check(logits, rows)
         require("tokens", tokens, INT, (num,), self._device)
@@ -143,17 +144,26 @@ class Sampler:
         if host is not None:
             self._check_host(host, num)
             to_host = host.tokens, host.step, host.tokens.shape[1]
-        splits = self._splits(num)
         where = (rows.params, rows.sample_rows, rows.sample_tokens, rows.positions)
-        scratch = (self._partials, self._chunks)
-        self._scan.launch((splits, num, 1), (256, 1, 1), (*scratch, logits, *where), pdl=self._pdl)
+        if not scanned:
+            self._scan.launch(
+                (self._splits(num), num, 1),
+                (256, 1, 1),
+                (self._chunks, logits, *where),
+                pdl=self._pdl,
+            )
         self._choose.launch(
             (num, 1, 1),
             (_CHOOSE_THREADS, 1, 1),
-            (tokens, last_token, counts, *scratch, logits, *where, splits, *to_host),
+            (tokens, last_token, counts, self._chunks, logits, *where, *to_host),
             shared_bytes=self._shared_bytes,
             pdl=self._pdl,
         )
+
+    def chunks(self, rows: SampledRows) -> LogitChunks:
+        """What the product that makes the rows' logits may fill."""
+        num = len(rows.sample_rows)
+        return LogitChunks(self._chunks[:num], rows.sample_rows, rows.params, self._temperature)
 
     def edit(
         self,
@@ -228,7 +238,7 @@ class Sampler:
     def _splits(self, rows: int) -> int:
         """Slices of a row, so that all multiprocessors have about three thread blocks each."""
         wanted = -(-3 * self._num_sms // rows) if rows else 1
-        return max(1, min(wanted, _MAX_SPLITS, self.vocab // (_CHUNK * 32)))
+        return max(1, min(wanted, _MAX_SPLITS, self.vocab // (CHUNK * 32)))
 
     def _check(self, logits: Tensor, rows: SampledRows) -> int:
         require("logits", logits, (self.dtype,), (None, self.vocab), self._device)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import gc
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +51,19 @@ def bucket_of(size: int, buckets: tuple[int, ...]) -> int | None:
     return buckets[index] if index < len(buckets) else None
 
 
+@contextmanager
+def no_garbage() -> Iterator[None]:
+    """Garbage that dies inside a capture frees memory of the device, which invalidates it."""
+    gc.collect()
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
 class StepGraphs:
     """Captured bodies and heads. The functions must only launch work on the current stream."""
 
@@ -66,24 +80,7 @@ class StepGraphs:
         progress: Callable[[], None],
     ) -> None:
         """Capture `run(size)` for each size, largest first, so that the pool grows once.
-        `progress` is called after each."""
-        # Garbage that dies inside a capture frees memory of the device, which invalidates it.
-        gc.collect()
-        collects = gc.isenabled()
-        gc.disable()
-        try:
-            self._capture(kind, sizes, run, progress)
-        finally:
-            if collects:
-                gc.enable()
-
-    def _capture(
-        self,
-        kind: str,
-        sizes: tuple[int, ...],
-        run: Callable[[int], object],
-        progress: Callable[[], None],
-    ) -> None:
+        `progress` is called after each. To be called where there is no garbage."""
         stream = torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):

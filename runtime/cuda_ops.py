@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zllm.cuda import activation, embedding, norm
+from zllm.cuda import activation, embedding
 from zllm.cuda.attention import PagedAttention
 from zllm.cuda.decoder import MAX_ROWS, ResidentDecoder, ResidentLayer, supports
 from zllm.cuda.decoder_plan import DecoderShape
 from zllm.cuda.launcher import KernelLibrary
 from zllm.cuda.linear import SkinnyLinear
 from zllm.cuda.linear_many import ManyRows
+from zllm.cuda.logit_chunks import LogitChunks
+from zllm.cuda.norm import rms_norm
 from zllm.cuda.rope_cache import RopeCache, rope_cache
 from zllm.runtime.kv_cache import KVCache
-from zllm.runtime.ops import (
-    Batch,
-    Decoder,
-    DecoderLayer,
-    next_layer_one_by_one,
-    queries_one_by_one,
-)
+from zllm.runtime.ops import Batch, Decoder, Hidden, Logits
 
 
 class CudaOps:
     """Ops (runtime/ops.py). Everything is launched on torch's current stream."""
 
-    def __init__(self, kernels: KernelLibrary, attention: PagedAttention) -> None:
+    def __init__(
+        self,
+        kernels: KernelLibrary,
+        attention: PagedAttention,
+        chunks_of: Callable[[int], LogitChunks] | None = None,
+    ) -> None:
+        """`chunks_of` a number of samples: what `logits` may fill for whoever samples them."""
+        self._chunks_of = chunks_of
         self.device = torch.device("cuda", kernels.device)
         self._kernels = kernels
         self._attention = attention
@@ -64,99 +69,101 @@ class CudaOps:
             scale=decoder.scale,
         )
 
-    def embed(self, table: Tensor, tokens: Tensor) -> Tensor:
-        return embedding.embed(self._kernels, table, tokens)
+    def embed(self, table: Tensor, tokens: Tensor, norm: Tensor) -> Hidden:
+        if self._skinny.leaves_norms(tokens.shape[0], table.dtype):
+            x, left = embedding.embed_scaled(self._kernels, table, tokens, norm)
+            return Hidden(x, norm, left)
+        return Hidden(embedding.embed(self._kernels, table, tokens), norm)
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return norm.rms_norm(self._kernels, x, weight, eps)
-
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if bias is None and self._few_rows(x, weight):
-            return self._skinny.linear(x, weight)
-        return F.linear(x, weight, bias)
-
-    def norm_linear(
-        self, x: Tensor, norm: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: float
+    def linear(
+        self, hidden: Hidden, weight: Tensor, bias: Tensor | None = None, *, eps: float
     ) -> Tensor:
-        if bias is None and self._fuses_norm(x, weight):
-            return self._skinny.linear(x, weight, norm=norm, eps=eps)
-        return self.linear(self.rms_norm(x, norm, eps), weight, bias)
+        product = self._of_few_rows(hidden, weight, bias, eps)
+        if product is not None:
+            return product
+        return F.linear(self._normed(hidden, eps), weight, bias)
 
-    def norm_gated_linear(self, x: Tensor, norm: Tensor, gate_up: Tensor, *, eps: float) -> Tensor:
-        if self._fuses_norm(x, gate_up):
-            return self._skinny.linear(x, gate_up, norm=norm, eps=eps, gated=True)
-        normed = self.rms_norm(x, norm, eps)
-        if self._few_rows(normed, gate_up, gated=True):
-            return self._skinny.linear(normed, gate_up, gated=True)
-        n, k = gate_up.shape
+    def logits(self, hidden: Hidden, head: Tensor, *, eps: float) -> Logits:
+        (m, dtype), (n, k) = (hidden.x.shape[0], hidden.x.dtype), head.shape
+        chunks = None
+        if m > self._skinny.MAX_NORM_ROWS and self._skinny.leaves_chunks(m, n, k, dtype):
+            chunks = self._chunks_of(m) if self._chunks_of is not None else None
+        product = self._of_few_rows(hidden, head, None, eps, chunks=chunks)
+        if product is None:
+            return Logits(F.linear(self._normed(hidden, eps), head))
+        return Logits(product, scanned=chunks is not None)
+
+    def gated_linear(self, hidden: Hidden, gate_up: Tensor, *, eps: float) -> Tensor:
+        product = self._of_few_rows(hidden, gate_up, None, eps, gated=True)
+        if product is not None:
+            return product
+        normed, (n, k) = self._normed(hidden, eps), gate_up.shape
         if self._many.supports_gated(normed.shape[0], n, k, normed.dtype):
             return self._many.gated(normed, gate_up)
-        return activation.silu_mul(self._kernels, self.linear(normed, gate_up))
+        return activation.silu_mul(self._kernels, F.linear(normed, gate_up))
 
     def add_linear(
-        self, residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None
-    ) -> None:
-        if bias is None and self._few_rows(x, weight):
-            self._skinny.linear(x, weight, residual, residual=residual)
-            return
+        self,
+        hidden: Hidden,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        norm: Tensor,
+    ) -> Hidden:
+        residual, skinny = hidden.x, self._skinny
+        (m, k), n = x.shape, weight.shape[0]
+        if bias is None and skinny.supports_scaled(m, n, k, x.dtype):
+            left = skinny.add_linear_scaled(residual, x, weight, norm)
+            return Hidden(residual, norm, left)
+        if bias is None and skinny.supports(m, n, k, x.dtype):
+            skinny.linear(x, weight, residual, residual=residual)
+            return Hidden(residual, norm)
         # The product adds to what is there as it writes: no pass of its own.
         residual.addmm_(x, weight.t())
         if bias is not None:
             residual.add_(bias)
-
-    def _few_rows(self, x: Tensor, weight: Tensor, gated: bool = False) -> bool:
-        """Whether reading the weight is all that the product's time depends on."""
-        n, k = weight.shape
-        return self._skinny.supports(x.shape[0], n, k, x.dtype, gated)
-
-    def _fuses_norm(self, x: Tensor, weight: Tensor) -> bool:
-        few = x.shape[0] <= self._skinny.MAX_NORM_ROWS and x.dtype == torch.bfloat16
-        return few and self._few_rows(x, weight)
+        return Hidden(residual, norm)
 
     def queries(
-        self, x: Tensor, decoder: Decoder, index: int, batch: Batch, cache: KVCache
+        self, hidden: Hidden, decoder: Decoder, index: int, batch: Batch, cache: KVCache
     ) -> Tensor:
-        layer = decoder.layers[index]
-        n, k = layer.qkv.shape
-        rotates = self._many.supports_qkv(x.shape[0], n, k, decoder.head_dim, x.dtype)
-        if layer.qkv_bias is None and rotates:
-            normed = self.rms_norm(x, layer.input_norm, decoder.eps)
-            return self._many.qkv(normed, layer.qkv, self._rope(decoder, index, batch, cache))
-        return queries_one_by_one(self, x, decoder, index, batch, cache)
-
-    def to_next_layer(
-        self,
-        x: Tensor,
-        attended: Tensor,
-        decoder: Decoder,
-        index: int,
-        batch: Batch,
-        cache: KVCache,
-    ) -> Tensor:
-        layer, following = decoder.layers[index], decoder.layers[index + 1]
-        if not self._scales(x, layer, following):
-            return next_layer_one_by_one(self, x, attended, decoder, index, batch, cache)
-        skinny, eps = self._skinny, decoder.eps
-        normed = skinny.add_linear_scaled(x, attended, layer.output, layer.post_norm)
-        gated = skinny.linear_of_scaled(normed, layer.gate_up, eps=eps, gated=True)
-        normed = skinny.add_linear_scaled(x, gated, layer.down, following.input_norm)
-        qkv = skinny.linear_of_scaled(normed, following.qkv, eps=eps)
-        return self.rope_and_cache(qkv, decoder, index + 1, batch, cache)
-
-    def _scales(self, x: Tensor, layer: DecoderLayer, following: DecoderLayer) -> bool:
-        """Whether all products between two layers' attentions leave norms to each other."""
-        if layer.output_bias is not None or following.qkv_bias is not None:
-            return False
-        weights = (layer.output, layer.gate_up, layer.down, following.qkv)
-        m, supports = x.shape[0], self._skinny.supports_scaled
-        return all(supports(m, w.shape[0], w.shape[1], x.dtype) for w in weights)
-
-    def rope_and_cache(
-        self, qkv: Tensor, decoder: Decoder, index: int, batch: Batch, cache: KVCache
-    ) -> Tensor:
+        layer, eps, head_dim = decoder.layers[index], decoder.eps, decoder.head_dim
         rope = self._rope(decoder, index, batch, cache)
         early = self._attention.lets_read_early(batch.work)
+        if layer.qkv_bias is None:
+            (m, dtype), (n, k) = (hidden.x.shape[0], hidden.x.dtype), layer.qkv.shape
+            if hidden.left is not None and self._skinny.supports_qkv(m, n, k, head_dim, dtype):
+                return self._skinny.qkv_of_scaled(
+                    hidden.left, layer.qkv, rope, eps=eps, early=early
+                )
+            if self._many.supports_qkv(m, n, k, head_dim, dtype):
+                return self._many.qkv(self._normed(hidden, eps), layer.qkv, rope)
+        qkv = self.linear(hidden, layer.qkv, layer.qkv_bias, eps=eps)
         return rope_cache(self._kernels, qkv, rope, early=early)
+
+    def _of_few_rows(
+        self,
+        hidden: Hidden,
+        weight: Tensor,
+        bias: Tensor | None,
+        eps: float,
+        gated: bool = False,
+        chunks: LogitChunks | None = None,
+    ) -> Tensor | None:
+        """The product where its time depends on reading the weight alone, or None."""
+        skinny, x, (n, k) = self._skinny, hidden.x, weight.shape
+        m = x.shape[0]
+        if bias is not None or not skinny.supports(m, n, k, x.dtype, gated):
+            return None
+        if hidden.left is not None and skinny.supports_scaled(m, n, k, x.dtype):
+            return skinny.linear_of_scaled(hidden.left, weight, eps=eps, gated=gated, chunks=chunks)
+        if m <= skinny.MAX_NORM_ROWS and x.dtype == torch.bfloat16:
+            return skinny.linear(x, weight, norm=hidden.norm, eps=eps, gated=gated)
+        return skinny.linear(self._normed(hidden, eps), weight, gated=gated, chunks=chunks)
+
+    def _normed(self, hidden: Hidden, eps: float) -> Tensor:
+        return rms_norm(self._kernels, hidden.x, hidden.norm, eps)
 
     def _rope(self, decoder: Decoder, index: int, batch: Batch, cache: KVCache) -> RopeCache:
         layer, scale = decoder.layers[index], self._scale(cache)

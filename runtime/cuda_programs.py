@@ -14,7 +14,7 @@ from zllm.cuda.attention import AttentionSpec
 from zllm.cuda.compiler import Program
 from zllm.cuda.decoder_plan import DecoderShape
 from zllm.cuda.launcher import KernelLibrary
-from zllm.cuda.linear import SkinnyLinear
+from zllm.cuda.linear import HEAD_DIM, SkinnyLinear
 from zllm.runtime import cuda_step
 from zllm.runtime.config import EngineConfig
 from zllm.runtime.kv_cache import kv_cache_dtype
@@ -93,6 +93,9 @@ def _programs(kernels: KernelLibrary, model: ModelConfig, shape: StepShape) -> I
         heads = model.num_heads * model.head_dim
         qkv = heads + 2 * model.num_kv_heads * model.head_dim
         yield from skinny.programs(qkv, hidden, dtype, norm=fused)
+        if fused and model.head_dim == HEAD_DIM and not model.attention_bias:
+            macros = rope_cache.head_macros(spec.kv_dtype, *head_sizes[:2], qk_norm=True)
+            yield from skinny.qkv_programs(qkv, hidden, dtype, macros)
         yield from skinny.programs(hidden, heads, dtype, residual=True)
         yield from skinny.programs(2 * inner, hidden, dtype, norm=fused, gated=True)
         yield from skinny.programs(hidden, inner, dtype, residual=True)

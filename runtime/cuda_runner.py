@@ -25,7 +25,13 @@ from zllm.cuda.launcher import KernelLibrary
 from zllm.native import arena as layout
 from zllm.native.step_objects import Plan
 from zllm.runtime.config import BLOCK_SIZE, EngineConfig
-from zllm.runtime.cuda_graphs import SHORT_STEP, StepGraphs, bucket_of, choose_buckets
+from zllm.runtime.cuda_graphs import (
+    SHORT_STEP,
+    StepGraphs,
+    bucket_of,
+    choose_buckets,
+    no_garbage,
+)
 from zllm.runtime.cuda_memory import memory_taken, plan_memory
 from zllm.runtime.cuda_ops import CudaOps
 from zllm.runtime.cuda_programs import StepShape, compile_kernels
@@ -36,7 +42,7 @@ from zllm.runtime.loader import dummy_weights, load_weights, weights_bytes
 from zllm.runtime.model_config import ModelConfig
 from zllm.runtime.model_runner import StepResult, spread_rows
 from zllm.runtime.models.registry import model_class
-from zllm.runtime.ops import Sampled
+from zllm.runtime.ops import Hidden, Sampled
 from zllm.runtime.row_tables import allocate_row_tables
 
 _log = logging.getLogger(__name__)
@@ -90,7 +96,6 @@ class CudaRunner:
         attention = PagedAttention(
             kernels, spec, max_rows=shape.max_rows, max_tokens=shape.max_tokens
         )
-        self._ops = CudaOps(kernels, attention)
         self._step = CudaStep(
             kernels,
             self._tables,
@@ -101,6 +106,7 @@ class CudaRunner:
             vocab_size=model_config.vocab_size,
             dtype=shape.dtype,
         )
+        self._ops = CudaOps(kernels, attention, self._step.chunks_of)
         self._cache = allocate_kv_cache(model_config, 1, spec.kv_dtype, self.device)
         step_peak = self._profile()
 
@@ -241,22 +247,28 @@ class CudaRunner:
         else:
             self._graphs.replay(kind, size)
 
-    def _body(self, num_tokens: int, *, decode_only: bool) -> None:
-        """From the arena to the hidden states of the sampled tokens. Launches only."""
+    def _body(self, num_tokens: int, *, decode_only: bool, all_sample: bool = False) -> Hidden:
+        """From the arena to the hidden states of the sampled tokens, which the step's buffer gets
+        unless all sample. Launches only."""
         num_rows = num_tokens if decode_only else min(num_tokens, self._shape.max_rows)
-        batch = self._step.prepare(num_tokens, num_rows, decode_only=decode_only)
+        batch = self._step.prepare(
+            num_tokens, num_rows, decode_only=decode_only, all_sample=all_sample
+        )
         out = self._step.hidden[: len(batch.sample_tokens)]
-        self.model.forward(self._ops, batch, self._cache, out)
+        return self.model.forward(self._ops, batch, self._cache, out)
 
     def _head(self, size: int, *, edits: bool = False, max_logprobs: int = -1) -> Sampled:
-        """From those hidden states to sampled tokens. Launches only."""
-        logits = self.model.logits(self._ops, self._step.hidden[:size])
-        return self._step.sample(logits, edits=edits, max_logprobs=max_logprobs)
+        """From the step's buffer to sampled tokens. Launches only."""
+        hidden = Hidden(self._step.hidden[:size], self.model.final_norm)
+        return self._sample(hidden, edits=edits, max_logprobs=max_logprobs)
 
     def _decode_step(self, num_tokens: int) -> None:
         """Body and head of a step whose tokens all sample. Launches only."""
-        self._body(num_tokens, decode_only=True)
-        self._head(num_tokens)
+        self._sample(self._body(num_tokens, decode_only=True, all_sample=True))
+
+    def _sample(self, hidden: Hidden, *, edits: bool = False, max_logprobs: int = -1) -> Sampled:
+        logits = self.model.logits(self._ops, hidden)
+        return self._step.sample(logits, edits=edits, max_logprobs=max_logprobs)
 
     def _capture(self, graphs: StepGraphs) -> None:
         buckets = self._buckets
@@ -270,10 +282,13 @@ class CudaRunner:
                 bar.advance(task)
 
             mixed, decode = buckets.mixed, buckets.decode
-            graphs.capture("mixed", mixed, lambda n: self._body(n, decode_only=False), captured)
-            graphs.capture("decode", decode, lambda n: self._body(n, decode_only=True), captured)
-            graphs.capture("head", decode, self._head, captured)
-            graphs.capture("step", short, self._decode_step, captured)
+            with no_garbage():
+                graphs.capture("mixed", mixed, lambda n: self._body(n, decode_only=False), captured)
+                graphs.capture(
+                    "decode", decode, lambda n: self._body(n, decode_only=True), captured
+                )
+                graphs.capture("head", decode, self._head, captured)
+                graphs.capture("step", short, self._decode_step, captured)
         torch.cuda.synchronize(self.device)
 
     def _profile(self) -> int:

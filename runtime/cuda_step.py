@@ -14,10 +14,11 @@ from zllm.cuda import blocks, sampler
 from zllm.cuda.attention import PagedAttention
 from zllm.cuda.compiler import Program
 from zllm.cuda.launcher import KernelLibrary
+from zllm.cuda.logit_chunks import LogitChunks
 from zllm.native import arena as layout
 from zllm.native.step_objects import Plan
 from zllm.runtime.kv_cache import KVCache
-from zllm.runtime.ops import Batch, Sampled
+from zllm.runtime.ops import Batch, Logits, Sampled
 from zllm.runtime.row_tables import RowTables
 
 EDITS = layout.S_MIN_TOKENS | layout.S_PENALTIES | layout.S_BIAS
@@ -69,7 +70,9 @@ class CudaStep:
         """[1]: the number of the step whose arena the device has."""
         return self.arenas.own[layout.H_STEP : layout.H_STEP + 1]
 
-    def prepare(self, num_tokens: int, num_rows: int, *, decode_only: bool) -> Batch:
+    def prepare(
+        self, num_tokens: int, num_rows: int, *, decode_only: bool, all_sample: bool
+    ) -> Batch:
         """Expand the arena to the padded sizes, and plan the attention of all layers."""
         whole = self._batch
         sizes = batch_kernels.BatchTensors(
@@ -97,36 +100,45 @@ class CudaStep:
             sample_rows=sizes.sample_rows,
             block_table=self._tables.block_table,
             work=work,
+            all_sample=all_sample,
         )
 
-    def sample(self, logits: Tensor, *, edits: bool = False, max_logprobs: int = -1) -> Sampled:
-        """[S, V] -> the tokens of the first S samples, on the device and on their way to the host.
+    def chunks_of(self, size: int) -> LogitChunks:
+        """What the product that makes the logits of `size` samples may fill for `sample`."""
+        return self._sampler.chunks(self._rows(size))
 
-        edits: some row has a feature of EDITS. max_logprobs: as SamplingStep has it.
-        """
-        size = logits.shape[0]
-        rows = sampler.SampledRows(
+    def _rows(self, size: int) -> sampler.SampledRows:
+        return sampler.SampledRows(
             self._batch.sample_rows[:size],
             self._batch.sample_tokens[:size],
             self._batch.positions,
             self._tables.params,
         )
+
+    def sample(self, logits: Logits, *, edits: bool = False, max_logprobs: int = -1) -> Sampled:
+        """[S, V] -> the tokens of the first S samples, on the device and on their way to the host.
+
+        edits: some row has a feature of EDITS. max_logprobs: as SamplingStep has it.
+        """
+        size = logits.x.shape[0]
+        rows = self._rows(size)
         tokens = self._tokens[:size]
         # Memory first: a step that finds none runs once more, but not once it has sampled, since
         # its tokens are what the next one goes on from.
         logprobs = None
         if max_logprobs >= 0:
             logprobs = self._sampler.allocate_logprobs(size, max_logprobs)
-        chosen_from = logits
+        chosen_from, scanned = logits.x, logits.scanned
         if edits:
             # Log-probabilities are those of the unmodified distribution.
-            out = torch.empty_like(logits) if max_logprobs >= 0 else None
-            chosen_from = self._sampler.edit(logits, rows, out=out)
+            out = torch.empty_like(logits.x) if max_logprobs >= 0 else None
+            chosen_from, scanned = self._sampler.edit(logits.x, rows, out=out), False
         host = sampler.HostTokens(self.host_tokens, self._last_step)
-        self._sampler.sample(chosen_from, rows, tokens, self._tables.last_token, host=host)
+        last_token = self._tables.last_token
+        self._sampler.sample(chosen_from, rows, tokens, last_token, host=host, scanned=scanned)
         if logprobs is None:
             return Sampled(tokens)
-        self._sampler.logprobs(logits, tokens, logprobs)
+        self._sampler.logprobs(logits.x, tokens, logprobs)
         return Sampled(tokens, *logprobs)
 
     def move_blocks(self, plan: Plan, arena_index: int, cache: KVCache, host: KVCache) -> None:

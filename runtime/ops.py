@@ -41,6 +41,31 @@ class Batch:
     """[max_num_seqs + 1, max_blocks] blocks by device row."""
     work: Any = None
     """What the backend's attention made of the batch, once for all layers."""
+    all_sample: bool = False
+    """Every token is its row's last and samples: sample_tokens is 0, 1, 2, …"""
+
+
+@dataclass(frozen=True, slots=True)
+class Hidden:
+    """Hidden states and the RMSNorm behind them (Zhang & Sennrich 2019), which is applied by
+    whatever takes them: x / sqrt(mean(x^2) + eps) * norm, in float32 inside."""
+
+    x: Tensor
+    """[P, H]: the residual stream, to which layers add in place."""
+    norm: Tensor
+    """[H]: the norm's gains."""
+    left: Any = None
+    """What the backend left beside x for the norm."""
+
+
+@dataclass(frozen=True, slots=True)
+class Logits:
+    """What the next token is sampled by."""
+
+    x: Tensor
+    """[S, V]."""
+    scanned: bool = False
+    """Whether the backend has left for its sampler what that would read them for first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,63 +149,43 @@ class Ops(Protocol):
         is not faster so than by one operation after the other."""
         ...
 
-    def embed(self, table: Tensor, tokens: Tensor) -> Tensor:
-        """[V, H], [P] -> [P, H]: the rows of the table."""
+    def embed(self, table: Tensor, tokens: Tensor, norm: Tensor) -> Hidden:
+        """[V, H], [P], [H] -> [P, H]: the rows of the table."""
         ...
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """[P, H], [H] -> [P, H]: x / sqrt(mean(x^2) + eps) * weight, in float32 inside.
-
-        Zhang & Sennrich 2019, "Root Mean Square Layer Normalization".
-        """
-        ...
-
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """[P, in], [out, in], [out] -> [P, out]."""
-        ...
-
-    def norm_linear(
-        self, x: Tensor, norm: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: float
+    def linear(
+        self, hidden: Hidden, weight: Tensor, bias: Tensor | None = None, *, eps: float
     ) -> Tensor:
-        """[P, H], [H], [out, H], [out] -> [P, out]: linear of rms_norm(x, norm, eps)."""
+        """[P, H], [out, H], [out] -> [P, out], of the normalized hidden states."""
         ...
 
-    def norm_gated_linear(self, x: Tensor, norm: Tensor, gate_up: Tensor, *, eps: float) -> Tensor:
-        """[P, H], [H], [2 * I, H] -> [P, I]: silu(gate) * up, where norm_linear gives the gate,
-        then the up projection (Shazeer 2020, SwiGLU)."""
+    def logits(self, hidden: Hidden, head: Tensor, *, eps: float) -> Logits:
+        """[S, H], [V, H] -> [S, V]: `linear`, for the step's samples."""
+        ...
+
+    def gated_linear(self, hidden: Hidden, gate_up: Tensor, *, eps: float) -> Tensor:
+        """[P, H], [2 * I, H] -> [P, I]: silu(gate) * up, where `linear` gives the gate, then the up
+        projection (Shazeer 2020, SwiGLU)."""
         ...
 
     def add_linear(
-        self, residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None
-    ) -> None:
-        """residual [P, H] += linear(x, weight, bias), in place."""
+        self,
+        hidden: Hidden,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        norm: Tensor,
+    ) -> Hidden:
+        """hidden.x [P, H] += x weight^T + bias, in place. Behind it, `norm` [H] is the next."""
         ...
 
     def queries(
-        self, x: Tensor, decoder: Decoder, index: int, batch: Batch, cache: KVCache
+        self, hidden: Hidden, decoder: Decoder, index: int, batch: Batch, cache: KVCache
     ) -> Tensor:
-        """[P, H] -> [P, Hq, D]: what rope_and_cache gives of a layer's norm_linear."""
-        ...
+        """[P, H] -> q [P, Hq, D] of the layer.
 
-    def to_next_layer(
-        self,
-        x: Tensor,
-        attended: Tensor,
-        decoder: Decoder,
-        index: int,
-        batch: Batch,
-        cache: KVCache,
-    ) -> Tensor:
-        """[P, H], [P, Hq * D] -> [P, Hq, D]: from a layer's attention to the queries of the next;
-        x in place. See `next_layer_one_by_one`."""
-        ...
-
-    def rope_and_cache(
-        self, qkv: Tensor, decoder: Decoder, index: int, batch: Batch, cache: KVCache
-    ) -> Tensor:
-        """[P, (Hq + 2 Hkv) * D] -> q [P, Hq, D].
-
-        Splits qkv, normalizes each head of q and k (RMSNorm over D, where the layer has one),
+        Splits its qkv, normalizes each head of q and k (RMSNorm over D, where the layer has one),
         rotates both (Su et al. 2021, RoFormer; half-split pairs; cos_sin is float32 [max_len, D]:
         D/2 cosines then D/2 sines) and writes k and v to the tokens' slots of the layer's cache.
         """
@@ -196,33 +201,3 @@ class Ops(Protocol):
     def take_rows(self, x: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:
         """[P, H], [S] -> [S, H], in `out` where it is given."""
         ...
-
-
-def end_layer(ops: Ops, x: Tensor, attended: Tensor, layer: DecoderLayer, eps: float) -> None:
-    """What follows a layer's attention [P, Hq * D]: the residual x [P, H] in place."""
-    ops.add_linear(x, attended, layer.output, layer.output_bias)
-    gated = ops.norm_gated_linear(x, layer.post_norm, layer.gate_up, eps=eps)
-    ops.add_linear(x, gated, layer.down)
-
-
-def queries_one_by_one(
-    ops: Ops, x: Tensor, decoder: Decoder, index: int, batch: Batch, cache: KVCache
-) -> Tensor:
-    """Ops.queries of a backend that fuses nothing of it."""
-    layer = decoder.layers[index]
-    qkv = ops.norm_linear(x, layer.input_norm, layer.qkv, layer.qkv_bias, eps=decoder.eps)
-    return ops.rope_and_cache(qkv, decoder, index, batch, cache)
-
-
-def next_layer_one_by_one(
-    ops: Ops,
-    x: Tensor,
-    attended: Tensor,
-    decoder: Decoder,
-    index: int,
-    batch: Batch,
-    cache: KVCache,
-) -> Tensor:
-    """Ops.to_next_layer of a backend that fuses nothing of it."""
-    end_layer(ops, x, attended, decoder.layers[index], decoder.eps)
-    return ops.queries(x, decoder, index + 1, batch, cache)

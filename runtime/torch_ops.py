@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from zllm.runtime.kv_cache import KVCache
-from zllm.runtime.ops import Batch, Decoder, next_layer_one_by_one, queries_one_by_one
+from zllm.runtime.ops import Batch, Decoder, Hidden, Logits
 from zllm.runtime.torch_attention import AttentionWork, attend, write_kv
 
 _LARGE = 2**19
@@ -24,13 +24,34 @@ class TorchOps:
     def decode(self, decoder: Decoder, batch: Batch, cache: KVCache) -> Tensor | None:
         return None
 
-    def embed(self, table: Tensor, tokens: Tensor) -> Tensor:
-        return functional.embedding(tokens, table)
+    def embed(self, table: Tensor, tokens: Tensor, norm: Tensor) -> Hidden:
+        return Hidden(functional.embedding(tokens, table), norm)
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return functional.rms_norm(x, weight.shape, weight, eps)
+    def linear(
+        self, hidden: Hidden, weight: Tensor, bias: Tensor | None = None, *, eps: float
+    ) -> Tensor:
+        normed = functional.rms_norm(hidden.x, hidden.norm.shape, hidden.norm, eps)
+        return self._product(normed, weight, bias)
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def logits(self, hidden: Hidden, head: Tensor, *, eps: float) -> Logits:
+        return Logits(self.linear(hidden, head, eps=eps))
+
+    def gated_linear(self, hidden: Hidden, gate_up: Tensor, *, eps: float) -> Tensor:
+        gate, up = self.linear(hidden, gate_up, eps=eps).chunk(2, dim=-1)
+        return functional.silu(gate).mul_(up)
+
+    def add_linear(
+        self,
+        hidden: Hidden,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        norm: Tensor,
+    ) -> Hidden:
+        return Hidden(hidden.x.add_(self._product(x, weight, bias)), norm)
+
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self._onednn and x.dtype is torch.float32 and weight.numel() >= _LARGE:
             # torch gives float32 to a BLAS that multiplies one row on one core alone, and few
             # rows at half the speed of oneDNN.
@@ -38,38 +59,8 @@ class TorchOps:
             return product
         return functional.linear(x, weight, bias)
 
-    def norm_linear(
-        self, x: Tensor, norm: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: float
-    ) -> Tensor:
-        return self.linear(self.rms_norm(x, norm, eps), weight, bias)
-
-    def norm_gated_linear(self, x: Tensor, norm: Tensor, gate_up: Tensor, *, eps: float) -> Tensor:
-        gate, up = self.norm_linear(x, norm, gate_up, eps=eps).chunk(2, dim=-1)
-        return functional.silu(gate).mul_(up)
-
-    def add_linear(
-        self, residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None
-    ) -> None:
-        residual.add_(self.linear(x, weight, bias))
-
     def queries(
-        self, x: Tensor, decoder: Decoder, index: int, batch: Batch, cache: KVCache
-    ) -> Tensor:
-        return queries_one_by_one(self, x, decoder, index, batch, cache)
-
-    def to_next_layer(
-        self,
-        x: Tensor,
-        attended: Tensor,
-        decoder: Decoder,
-        index: int,
-        batch: Batch,
-        cache: KVCache,
-    ) -> Tensor:
-        return next_layer_one_by_one(self, x, attended, decoder, index, batch, cache)
-
-    def rope_and_cache(
-        self, qkv: Tensor, decoder: Decoder, index: int, batch: Batch, cache: KVCache
+        self, hidden: Hidden, decoder: Decoder, index: int, batch: Batch, cache: KVCache
     ) -> Tensor:
         num_heads, num_kv_heads, head_dim = (
             decoder.num_heads,
@@ -77,6 +68,7 @@ class TorchOps:
             decoder.head_dim,
         )
         layer, cos_sin = decoder.layers[index], decoder.cos_sin
+        qkv = self.linear(hidden, layer.qkv, layer.qkv_bias, eps=decoder.eps)
         heads = qkv.view(-1, num_heads + 2 * num_kv_heads, head_dim)
         q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
         if layer.q_norm is not None:

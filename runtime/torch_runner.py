@@ -27,7 +27,7 @@ from zllm.runtime.loader import dummy_weights, load_weights, weights_bytes
 from zllm.runtime.model_config import ModelConfig
 from zllm.runtime.model_runner import StepResult, spread_rows
 from zllm.runtime.models.registry import model_class
-from zllm.runtime.ops import Batch, Sampled, SamplingStep
+from zllm.runtime.ops import Batch, Hidden, Sampled, SamplingStep
 from zllm.runtime.row_tables import allocate_row_tables
 from zllm.runtime.torch_attention import AttentionWork, written_kv
 from zllm.runtime.torch_batch import Arena, pairs, prepare, update_tables
@@ -118,8 +118,8 @@ class TorchRunner:
             result.tokens[failed] = -1
         return result
 
-    def _sample(self, arena: Arena, batch: Batch, hidden: Tensor) -> Sampled:
-        logits = self.model.logits(self.ops, hidden)
+    def _sample(self, arena: Arena, batch: Batch, hidden: Hidden) -> Sampled:
+        logits = self.model.logits(self.ops, hidden).x
         sampled = sample(
             logits,
             self.tables.params.index_select(0, batch.sample_rows),

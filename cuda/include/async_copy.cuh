@@ -84,3 +84,10 @@ __device__ __forceinline__ void fence_async_proxy() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 #endif
+// Asks the L2 for `bytes`, a multiple of 16 from an address that is one, too. It sees what anyone writes
+// there until they are read, so that they may be asked for before wait_for_previous().
+__device__ __forceinline__ void prefetch_bulk(const void* from, u32 bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+#endif
+}

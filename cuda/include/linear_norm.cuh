@@ -14,8 +14,8 @@ template <typename T> struct ScaledResidual {
 };
 
 // Ends the `count` columns from `first` on, a multiple of 8: adds the partial sums of the cluster's
-// Split blocks, [Rows][Columns + 4] each, and the residual. The block of this rank has whole rows,
-// of 8 lanes. Called by the block's first Threads threads.
+// Split blocks, [Rows][Columns + 4] each, and the residual. The block of this rank has every
+// Split-th row, of 8 lanes. Called by the block's first Threads threads.
 template <int Rows, int Columns, int Split, int Threads, typename T> class ScaledEnd {
   static constexpr int kLanes = 8, kVectors = Columns / 4, kAtOnce = Threads / kLanes;
   static constexpr int kEach = (kVectors + kLanes - 1) / kLanes;
@@ -26,7 +26,7 @@ template <int Rows, int Columns, int Split, int Threads, typename T> class Scale
   static constexpr int kRegisters = 2 * kEach * (kRounds + 1);
 
   __device__ ScaledEnd(int first, int count, u32 rank)
-      : first_(first), count_(count), row_(rank * kAtOnce + threadIdx.x / kLanes),
+      : first_(first), count_(count), row_(threadIdx.x / kLanes * Split + rank),
         column_(threadIdx.x % kLanes * 4) {}
 
   // Asks for what was there, before the sums are waited for.

@@ -2,10 +2,9 @@
 //
 // Macros: SCALAR, VOCAB, and the P_ and PARAM_WORDS numbers of the arena.
 #pragma once
-#include "common.cuh"
+#include "chunk.cuh"
 
 constexpr int kVec = Vec<SCALAR>::size;
-constexpr float kInfinity = __builtin_bit_cast(float, 0x7f800000u);
 
 static_assert(VOCAB < (1 << 18), "histograms hold fewer than 2^18 tokens");
 
@@ -42,25 +41,6 @@ __device__ __forceinline__ void load_logits(const SCALAR* row, int id, int end, 
 #pragma unroll
     for (int j = 0; j < kVec; ++j) x[j] = id + j < end ? to_float(row[id + j]) : -kInfinity;
   }
-}
-
-// exp2 to float32's accuracy but for results below the normal range, which become 0.
-__device__ __forceinline__ float fast_exp2(float x) {
-  float out;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
-  return out;
-}
-// log2 to 2^-22, of 0 or a number in the normal range.
-__device__ __forceinline__ float fast_log2(float x) {
-  float out;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
-  return out;
-}
-// The larger, or NaN if one is NaN.
-__device__ __forceinline__ float max_or_nan(float a, float b) {
-  float out;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(out) : "f"(a), "f"(b));
-  return out;
 }
 
 // (value, id) as one number: a larger value wins, then the lower id.
@@ -163,5 +143,9 @@ struct Params {
   __device__ __forceinline__ bool limits_mass() const { return top_p < 1.f; }
   __device__ __forceinline__ bool filtered() const {
     return !greedy() && (limits_count() || limits_mass() || min_p > 0.f);
+  }
+  // Whether chunks are weighed. Where top-k or min-p come first, top-p is of what they leave.
+  __device__ __forceinline__ bool needs_weights() const {
+    return !greedy() && !limits_count() && !(min_p > 0.f);
   }
 };

@@ -10,7 +10,6 @@
 #pragma once
 #include "sampling.cuh"
 
-constexpr int kChunk = 64;  // logits of which the first pass over the row keeps one number
 constexpr int kChunks = (VOCAB + kChunk - 1) / kChunk;
 constexpr int kBins = 2048;
 constexpr int kDigitShift = 21;  // the first digit of q

@@ -20,8 +20,13 @@
 // (rows of the N side), PIECES (in which they are taken), CHUNK (a part of W's rows in a tile),
 // STAGES (of 64 k), SPLIT, BLOCKS (on a multiprocessor); ADD and GATED as in linear_skinny.cu; of
 // linear_norm.cuh, SCALED (with ADD: what the next norm needs is left beside the residual) and NORM
-// (x is what such a product left).
+// (x is what such a product left); QKV (the tile's columns are a head, and end as such) with what
+// linear_heads.cuh asks for; SAMPLED (what sampling needs of each chunk of logits is left beside them).
+#include "chunk.cuh"
 #include "linear_finish.cuh"
+#if QKV
+#include "linear_heads.cuh"
+#endif
 #include "linear_norm.cuh"
 #include "tensor_copy.cuh"
 #include "wgmma.cuh"
@@ -89,7 +94,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         linear_wgmma(const __grid_constant__ TensorMap x_map,
                      const __grid_constant__ TensorMap w_map, SCALAR* out,
                      const SCALAR* residual, SCALAR* scaled, const SCALAR* gains, float* squares,
-                     int parts, float eps, int m, int n, int k, int x_rows) {
+                     int parts, float eps, int m, int n, int k, int x_rows
+#if QKV  // and `out` is q's; `early`: positions and slots were written before this could start
+                     ,
+                     CACHE* keys, CACHE* values, const int* positions, const int* slots,
+                     const float* cos_sin, const SCALAR* q_norm, const SCALAR* k_norm,
+                     const float* k_scale, const float* v_scale, i64 block_stride, float head_eps,
+                     int early
+#endif
+#if SAMPLED  // chunks [m, chunk_pitch]; the temperature of row r: temperatures[param_words * rows[r]]
+                     ,
+                     Chunk* chunks, const int* sample_rows, const float* temperatures,
+                     int param_words, int chunk_pitch
+#endif
+        ) {
 #if __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) unsigned char shared[];
   const u32 ring = shared_address(shared);
@@ -131,6 +149,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   if constexpr (SPLIT == 1 || ROWS >= 128) __syncthreads();
   if constexpr (SPLIT > 1) sync_cluster_relaxed();
   let_next_start();
+#if QKV
+  HeadEnd<ROWS, SPLIT, CONSUMERS> heads(
+      HeadsTo{out, keys, values, positions, slots, cos_sin, q_norm, k_norm, k_scale, v_scale,
+              block_stride, head_eps},
+      tile, row, min(m - row, x_rows), part);
+  if (threadIdx.x < CONSUMERS) {
+    if (!early) wait_for_previous();
+    heads.ask();
+  }
+#endif
   wait_for_previous();
 
   if (threadIdx.x >= CONSUMERS) {
@@ -190,9 +218,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     return ScaledResidual<SCALAR>{
         out + above, residual + above, scaled + above, gains, squares + chunk * m + row, rows, n};
   };
-  End early = end_of(0);
-  if constexpr (EARLY) early.ask(scaled_of(0));
+  End early_end = end_of(0);
+  if constexpr (EARLY) early_end.ask(scaled_of(0));
 
+#if SAMPLED
+  static_assert(COLUMNS % kChunk == 0 && CONSUMERS % ROWS == 0, "a thread has chunks of one row");
+  const int chunk_row = threadIdx.x % ROWS;
+  float scale = 0.f;
+  if (chunk_row < rows)
+    scale = weight_scale(temperatures[i64(sample_rows[row + chunk_row]) * param_words]);
+#endif
   float acc[TILES * PIECES][SUMS] = {};
   RingPlace<STAGES> slot;
   int previous = 0;
@@ -226,7 +261,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       for (int i = 0; i < SUMS; ++i) acc[t][i] *= factors[row_at(t, i)];
   }
   const Epilogue<SCALAR> to{out + above, residual + above, 0.f, rows, n, k};
-  if constexpr (SPLIT == 1 && !ADD) {
+  if constexpr (SPLIT == 1 && !ADD && !QKV) {
     SCALAR* const staged = reinterpret_cast<SCALAR*>(shared);
     // Of 16 rows of W, 8 are the gate's, and then come their 8 of the up projection.
     constexpr int up = SWAPPED ? 2 : 4;
@@ -243,6 +278,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       }
     sync_group<CONSUMERS>(1);
     store_staged(to, staged, tile * OUTPUTS);
+#if SAMPLED
+    for (int c = threadIdx.x / ROWS; c < COLUMNS / kChunk; c += CONSUMERS / ROWS) {
+      const int first_column = tile * COLUMNS + c * kChunk, count = min(kChunk, n - first_column);
+      if (chunk_row < rows && count > 0)
+        chunks[i64(row + chunk_row) * chunk_pitch + first_column / kChunk] =
+            chunk_of(staged + chunk_row * OUT_PITCH + c * kChunk, count, scale);
+    }
+#endif
   } else {
     float* const staged = reinterpret_cast<float*>(shared);
 #pragma unroll
@@ -255,8 +298,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
           if (SWAPPED ? column < 0 || column >= CHUNK : i / 4 * 8 / CHUNK != c) continue;
           store_two<PITCH>(staged + row_at(t, i) * PITCH + column, acc[t][i], acc[t][i + 1]);
         }
+#if QKV
+      heads.finish(staged);
+      continue;
+#endif
       if constexpr (EARLY) {
-        early.finish(scaled_of(c), staged);
+        early_end.finish(scaled_of(c), staged);
       } else if constexpr (SCALED) {
         End end = end_of(c);
         end.ask(scaled_of(c));

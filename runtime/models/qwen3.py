@@ -13,7 +13,7 @@ from torch import Tensor
 from zllm.runtime.kv_cache import KVCache
 from zllm.runtime.model_config import ModelConfig
 from zllm.runtime.models.parameters import Parameter, Weights, bias, linear, norm
-from zllm.runtime.ops import Batch, Decoder, DecoderLayer, Ops, end_layer
+from zllm.runtime.ops import Batch, Decoder, DecoderLayer, Hidden, Logits, Ops
 from zllm.runtime.rope import rope_table
 
 
@@ -83,31 +83,35 @@ class Qwen3:
         if not config.tie_word_embeddings:
             yield linear("head", hidden, ("lm_head.weight", config.vocab_size))
 
-    def forward(self, ops: Ops, batch: Batch, cache: KVCache, out: Tensor | None = None) -> Tensor:
-        """The hidden states [S, H] of the sampled tokens, before the last norm; in `out` where it
-        is given."""
-        decoder = self.decoder
-        hidden = ops.decode(decoder, batch, cache)
-        if hidden is not None:
-            return ops.take_rows(hidden, batch.sample_tokens, out)
-        x = ops.embed(decoder.embedding, batch.tokens)
-        q = ops.queries(x, decoder, 0, batch, cache)
-        last = len(decoder.layers) - 1
-        for index in range(last):
-            attended = ops.attention(q, batch, cache, index, scale=decoder.scale)
-            q = ops.to_next_layer(x, attended, decoder, index, batch, cache)
-        attended = ops.attention(q, batch, cache, last, scale=decoder.scale)
+    def forward(self, ops: Ops, batch: Batch, cache: KVCache, out: Tensor | None = None) -> Hidden:
+        """The hidden states [S, H] of the sampled tokens, behind which the last norm stands; in
+        `out` where it is given, unless every token samples."""
+        decoder, layers = self.decoder, self.decoder.layers
+        x = ops.decode(decoder, batch, cache)
+        if x is not None:
+            return Hidden(ops.take_rows(x, batch.sample_tokens, out), self.final_norm)
+        hidden = ops.embed(decoder.embedding, batch.tokens, layers[0].input_norm)
+        norms = (*(layer.input_norm for layer in layers[1:]), self.final_norm)
         few_sample = len(batch.sample_tokens) < len(batch.tokens)
-        if few_sample:
-            # Of the others, nothing is read any more but the keys and values that they left.
-            x = ops.take_rows(x, batch.sample_tokens, out)
-            attended = ops.take_rows(attended, batch.sample_tokens)
-        end_layer(ops, x, attended, decoder.layers[last], decoder.eps)
-        return x if few_sample else ops.take_rows(x, batch.sample_tokens, out)
+        for index, (layer, next_norm) in enumerate(zip(layers, norms, strict=True)):
+            q = ops.queries(hidden, decoder, index, batch, cache)
+            attended = ops.attention(q, batch, cache, index, scale=decoder.scale)
+            if few_sample and layer is layers[-1]:
+                # Of the others, nothing is read any more but the keys and values that they left.
+                hidden = Hidden(ops.take_rows(hidden.x, batch.sample_tokens, out), hidden.norm)
+                attended = ops.take_rows(attended, batch.sample_tokens)
+            hidden = ops.add_linear(
+                hidden, attended, layer.output, layer.output_bias, norm=layer.post_norm
+            )
+            gated = ops.gated_linear(hidden, layer.gate_up, eps=decoder.eps)
+            hidden = ops.add_linear(hidden, gated, layer.down, norm=next_norm)
+        if few_sample or batch.all_sample:
+            return hidden
+        return Hidden(ops.take_rows(hidden.x, batch.sample_tokens, out), hidden.norm)
 
-    def logits(self, ops: Ops, hidden: Tensor) -> Tensor:
-        """Hidden states of `forward` [S, H] -> [S, V], in the model's dtype."""
-        return ops.norm_linear(hidden, self.final_norm, self.head, eps=self.config.rms_norm_eps)
+    def logits(self, ops: Ops, hidden: Hidden) -> Logits:
+        """What `forward` gives [S, H] -> [S, V], in the model's dtype."""
+        return ops.logits(hidden, self.head, eps=self.decoder.eps)
 
 
 def _layer(weights: Weights, prefix: str) -> DecoderLayer:

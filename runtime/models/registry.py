@@ -13,7 +13,7 @@ from zllm.runtime.model_config import ModelConfig
 from zllm.runtime.models.architectures import require_supported
 from zllm.runtime.models.parameters import Parameter, Weights
 from zllm.runtime.models.qwen3 import Qwen3
-from zllm.runtime.ops import Batch, Ops
+from zllm.runtime.ops import Batch, Hidden, Logits, Ops
 
 
 class Model(Protocol):
@@ -28,13 +28,16 @@ class Model(Protocol):
         """All weights of the model."""
         ...
 
-    def forward(self, ops: Ops, batch: Batch, cache: KVCache, out: Tensor | None = None) -> Tensor:
+    final_norm: Tensor
+    """[H]."""
+
+    def forward(self, ops: Ops, batch: Batch, cache: KVCache, out: Tensor | None = None) -> Hidden:
         """Write the step's keys and values to the cache; give the sampled tokens' hidden states
-        [S, H], in `out` where it is given."""
+        [S, H] in front of the last norm, in `out` where it is given and not every token samples."""
         ...
 
-    def logits(self, ops: Ops, hidden: Tensor) -> Tensor:
-        """[S, H] -> [S, V]."""
+    def logits(self, ops: Ops, hidden: Hidden) -> Logits:
+        """[S, H] in front of the last norm -> [S, V]."""
         ...
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.cuda.rotation import expect_rotated, rope_case
 from zllm.cuda.compiler import Compiler
 from zllm.cuda.launcher import KernelLibrary
 from zllm.cuda.linear import ScaledRows, SkinnyLinear, _macros
@@ -16,9 +17,11 @@ from zllm.cuda.linear_plans import (
     Skinny,
     Tiled,
     faster_than_cublas,
+    qkv_plan,
     skinny_plan,
     tiled_plan,
 )
+from zllm.cuda.rope_cache import head_macros
 from zllm.errors import KernelError
 
 ARCHITECTURES = ["sm_80", "sm_86", "sm_89", "sm_90a"]
@@ -50,6 +53,17 @@ def test_hopper_compiles_the_tiled_plans(m: int, tmp_path: Path) -> None:
         _macros(next(iter(narrow)), torch.float16, False, False, False),
     ]
     for macros in every_macros:
+        assert compiler.compile("linear_wgmma.cu", macros).startswith(b"\x7fELF")
+
+
+@pytest.mark.parametrize("cache", [torch.bfloat16, torch.float8_e4m3fn])
+def test_hopper_compiles_the_qkv_plans(cache: torch.dtype, tmp_path: Path) -> None:
+    compiler = Compiler("sm_90a", tmp_path)
+    plans = {qkv_plan(m, n, 1024, SMS) for m in (9, *TILE_ROWS) for n in (4096, 6144)} - {None}
+    assert plans
+    for plan in plans:
+        macros = _macros(plan, torch.bfloat16, True, False, False)
+        macros |= {"QKV": 1} | head_macros(cache, 16, 8, qk_norm=True)
         assert compiler.compile("linear_wgmma.cu", macros).startswith(b"\x7fELF")
 
 
@@ -113,9 +127,22 @@ def test_small_weights_start_beside_the_kernel_before_them() -> None:
 
 
 def test_a_head_is_taken_tile_after_tile() -> None:
-    assert tiled_plan(64, 151936, 1024, SMS, CLUSTERS_OF_4) == Tiled(64, 128, 1, 1)
-    assert tiled_plan(64, 151936, 4096, SMS, CLUSTERS_OF_4) == Tiled(64, 64, 1, 1)
-    assert tiled_plan(65, 151936, 4096, SMS, CLUSTERS_OF_4) == Tiled(128, 128, 1, 1)
+    def plan(m: int, n: int, k: int) -> Tiled:
+        return tiled_plan(m, n, k, SMS, CLUSTERS_OF_4)
+
+    assert plan(64, 151936, 1024) == Tiled(64, 128, 1, 2)
+    assert plan(64, 151936, 4096) == Tiled(64, 128, 1, 1)
+    assert plan(65, 151936, 1024) == Tiled(128, 192, 1, 1)
+    assert plan(65, 151936, 4096) == Tiled(128, 128, 1, 1)
+    assert plan(64, 50257, 4096) == Tiled(64, 64, 1, 1), "few rounds of wide tiles end unevenly"
+
+
+def test_heads_end_a_qkv_product_where_there_is_a_block_for_each() -> None:
+    assert qkv_plan(64, 4096, 1024, SMS) == Tiled(64, 128, 2, 1)
+    assert qkv_plan(64, 6144, 4096, SMS) == Tiled(64, 128, 2, 1)
+    assert qkv_plan(256, 4096, 1024, SMS) == Tiled(64, 128, 1, 1)
+    assert qkv_plan(65, 6144, 4096, SMS) is None, "half of the multiprocessors would have no block"
+    assert qkv_plan(64, 8192 + 2048, 5120, SMS) is None
 
 
 def test_fewer_stages_where_shared_memory_is_small() -> None:
@@ -251,6 +278,57 @@ def test_a_residual_leaves_what_the_next_norm_needs(
     assert _error(products.linear_of_scaled(scaled, after, eps=1e-5), expected) < 6e-3
     gated = products.linear_of_scaled(scaled, after, eps=1e-5, gated=True)
     assert _error(gated, _silu_mul(expected)) < 9e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "k"),
+    [pytest.param(2, 1, 136, id="small"), (16, 8, 1024), (32, 8, 2560), (32, 8, 4096)],
+)
+@pytest.mark.parametrize(
+    ("cache", "normed"), [(torch.bfloat16, True), (torch.float8_e4m3fn, False)]
+)
+@pytest.mark.parametrize("m", [9, 16, 29, 64, 90, 128, 170, 256])
+def test_a_qkv_product_ends_as_heads_in_the_cache(
+    products: SkinnyLinear,
+    m: int,
+    heads: int,
+    kv_heads: int,
+    k: int,
+    cache: torch.dtype,
+    normed: bool,
+) -> None:
+    rope, layers = rope_case(m, heads, kv_heads, 128, torch.bfloat16, cache, normed=normed)
+    if not products.supports_qkv(m, rope.width, k, 128, torch.bfloat16):
+        pytest.skip("two kernels here")
+    weight = _random(rope.width, k, scale=0.05)
+    h, gains = _random(m, k, scale=3.0), 1 + _random(k, scale=0.3)
+    scaled = ScaledRows(h * gains, h.float().square().sum(1)[None])
+    y = _expect_norm_left(scaled, h, gains) @ weight.double().t()
+    q = products.qkv_of_scaled(scaled, weight, rope, eps=1e-5)
+    expect_rotated(rope, layers, y, q)
+
+    graph, again = torch.cuda.CUDAGraph(), layers.clone()
+    with torch.cuda.graph(graph):
+        for _ in range(3):
+            in_graph = products.qkv_of_scaled(scaled, weight, rope, eps=1e-5, early=True)
+    layers.zero_()
+    graph.replay()
+    assert torch.equal(in_graph, q)
+    assert torch.equal(layers.view(torch.uint8), again.view(torch.uint8))
+
+
+@pytest.mark.gpu
+def test_a_qkv_product_of_other_heads_is_refused(products: SkinnyLinear) -> None:
+    _skip_if_too_tall(products, 64)
+    weight, gains = _random(512, 64), _random(64)
+    h = _random(9, 64)
+    scaled = ScaledRows(h * gains, h.float().square().sum(1)[None])
+    for heads, head_dim in ((3, 128), (6, 64)):
+        rope, _ = rope_case(9, heads, 1, head_dim, torch.bfloat16, torch.bfloat16, normed=False)
+        assert not products.supports_qkv(9, 512, 64, 64, torch.bfloat16)
+        with pytest.raises(KernelError, match=f"{rope.width} of all heads"):
+            products.qkv_of_scaled(scaled, weight, rope, eps=1e-5)
 
 
 @pytest.mark.gpu

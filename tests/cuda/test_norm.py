@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.cuda.accuracy import TOLERANCE, poisoned, relative_error
+from zllm.cuda.embedding import embed_scaled, take_rows
 from zllm.cuda.launcher import KernelLibrary
 from zllm.cuda.norm import add_rms_norm, rms_norm
 from zllm.errors import KernelError
@@ -47,6 +48,25 @@ def test_add_rms_norm_updates_the_residual_and_norms_what_it_stored(
     out = add_rms_norm(kernels, x, residual, weight, 1e-5)
     assert torch.equal(residual, total)
     assert relative_error(out, _reference(total, weight, 1e-5)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(
+    ("count", "hidden"), [pytest.param(9, 64, id="small"), (64, 1024), (256, 2560), (17, 12288)]
+)
+def test_an_embedding_leaves_what_the_norm_behind_it_needs(
+    kernels: KernelLibrary, count: int, hidden: int
+) -> None:
+    table = (torch.randn(500, hidden, device="cuda") * 3).bfloat16()
+    gains = torch.randn(hidden, device="cuda").bfloat16()
+    tokens = torch.randint(500, (count,), dtype=torch.int32, device="cuda")
+    tokens[3], tokens[5] = -1, 500
+    x, left = embed_scaled(kernels, table, tokens, gains)
+    assert torch.equal(x, take_rows(kernels, table, tokens))
+    assert not x[3].any()
+    assert not x[5].any()
+    assert torch.equal(left.rows, x * gains)
+    assert left.squares.shape == (1, count)
+    assert relative_error(left.squares[0], x.double().square().sum(-1)) < 1e-5
 
 
 def test_no_rows_are_fine(kernels: KernelLibrary) -> None:

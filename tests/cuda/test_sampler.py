@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tests.runtime.draws import assert_drawn_from
 from zllm.cuda.launcher import KernelLibrary
+from zllm.cuda.linear import ScaledRows, SkinnyLinear
 from zllm.cuda.sampler import Bias, HostTokens, SampledRows, Sampler
 from zllm.errors import KernelError
 from zllm.native import arena
@@ -295,6 +296,60 @@ def test_edits_apply_penalties_bias_and_minimum_length_small(
     in_place = sampler.edit(device_logits, batch.device, counts=counts, bias=bias)
     assert in_place is device_logits
     assert torch.equal(in_place, out)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "vocab"),
+    [
+        pytest.param(9, 2056, id="small"),
+        (16, VOCAB),
+        (64, VOCAB),
+        (100, VOCAB),
+        (30, 128_257),
+    ],
+)
+def test_a_product_leaves_what_the_scan_would_find(
+    kernels: KernelLibrary, rows: int, vocab: int, scaled: bool
+) -> None:
+    """Of logits that a product makes, for greedy, plain and filtered rows side by side."""
+    products, dtype, size = SkinnyLinear(kernels), torch.bfloat16, 256
+    if not products.leaves_chunks(rows, vocab, size, dtype):
+        pytest.skip("its tiles have no whole chunks")
+    torch.manual_seed(15)
+    params = _params(rows, temperature=0.7)
+    params.view(torch.float32)[: rows // 3, arena.P_TEMPERATURE] = 0.0
+    params.view(torch.float32)[rows // 3 : rows // 2, arena.P_TOP_P] = 0.9
+    params[rows // 2 : rows // 2 + 2, arena.P_TOP_K] = 40
+    batch = _Rows(rows, params)
+    sampler = Sampler(kernels, arena.MACROS, dtype, vocab, rows)
+    x = torch.randn(rows, size, device="cuda").to(dtype)
+    weight = (torch.randn(vocab, size, device="cuda") * 0.2).to(dtype)
+    weight[77] = torch.nan if rows == 16 else 0
+    chunks = sampler.chunks(batch.device)
+    chunks.chunks.fill_(torch.nan)
+    if scaled:
+        if not products.supports_scaled(rows, vocab, size, dtype):
+            pytest.skip("norms are kernels of their own here")
+        squares = x.float().square().sum(1)[None]
+        left = ScaledRows(x, squares)
+        logits = products.linear_of_scaled(left, weight, eps=1e-6, chunks=chunks)
+    else:
+        logits = products.linear(x, weight, chunks=chunks)
+    count = -(-vocab // 64)
+    tops, weights = chunks.chunks[:, :count].cpu().unbind(-1)
+    padded = torch.full((rows, count * 64), -torch.inf)
+    padded[:, :vocab] = logits.float().cpu()
+    each = padded.view(rows, count, 64)
+    assert torch.equal(tops.nan_to_num(7.0), each.amax(-1).nan_to_num(7.0))
+    drawn = batch.params.view(torch.float32)[:, arena.P_TEMPERATURE] > 0
+    expected = ((each - each.amax(-1, keepdim=True)) / 0.7).exp().sum(-1)
+    torch.testing.assert_close(weights[drawn], expected[drawn], rtol=1e-4, atol=0, equal_nan=True)
+
+    sampler.sample(logits, batch.device, batch.tokens, batch.last_token, scanned=True)
+    tokens = batch.tokens.cpu()
+    assert torch.equal(tokens, batch.sample(sampler, logits))
+    assert bool((tokens == -1).all() if rows == 16 else (tokens >= 0).all())
 
 
 def test_sampled_tokens_are_counted_small(kernels: KernelLibrary) -> None:

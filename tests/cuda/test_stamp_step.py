@@ -13,7 +13,8 @@ import torch
 import zllm.cuda.compiler
 from zllm.cuda.attention_spec import AttentionSpec, programs
 from zllm.cuda.compiler import Compiler
-from zllm.cuda.linear_plans import tiled_plan
+from zllm.cuda.linear_plans import Tiled, tiled_plan
+from zllm.cuda.rope_cache import head_macros
 from zllm.cuda.rope_cache import program as rope_program
 from zllm.runtime.model_config import ModelConfig
 
@@ -46,9 +47,12 @@ def test_stamped_kernels_compile(stamp_step: ModuleType, tmp_path: Path, model: 
     for program in (decode, rope):
         compiler.compile(program.source, program.defines)
     plan = tiled_plan(64, config.hidden_size, config.intermediate_size, 132, 30)
-    fused = {"SCALAR": "__nv_bfloat16", "ADD": 1, "SCALED": 1, "GATED": 0, "NORM": 0}
+    fused = {"SCALAR": "__nv_bfloat16", "ADD": 1, "SCALED": 1, "GATED": 0, "NORM": 0, "QKV": 0}
     compiler.compile("linear_wgmma.cu", {**plan.macros(), **fused})
-    assert compiler.compiled == 3
+    qkv = {**fused, "ADD": 0, "SCALED": 0, "NORM": 1, "QKV": 1}
+    qkv |= head_macros(dtype, heads, kv_heads, qk_norm=True)
+    compiler.compile("linear_wgmma.cu", {**Tiled(64, 128, 2, 1).macros(), **qkv})
+    assert compiler.compiled == 4
 
 
 def test_a_time_line_is_told_from_the_end_of_attention(stamp_step: ModuleType) -> None:

@@ -17,6 +17,7 @@ from zllm.native.scheduler import Scheduler
 from zllm.native.step_objects import Plan
 from zllm.runtime.config import EngineConfig
 from zllm.runtime.model_runner import Ticket, make_runner
+from zllm.runtime.ops import Hidden, Logits
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,10 @@ class Server:
         self._seen: list[Tensor] = []
         logits = self.runner.model.logits
 
-        def spy(ops: Any, hidden: Tensor) -> Tensor:
+        def spy(ops: Any, hidden: Hidden) -> Logits:
             out = logits(ops, hidden)
             if self.config.device == "cpu" or self.config.enforce_eager:
-                self._seen.append(out.to("cpu", copy=True))
+                self._seen.append(out.x.to("cpu", copy=True))
             return out
 
         self.runner.model.logits = spy
