@@ -12,6 +12,7 @@ from typing import Protocol
 from zllm.errors import RequestExists, UnknownModel, WrongState
 from zllm.runtime.config import EngineConfig
 from zllm.runtime.messages import EngineReady
+from zllm.service.at_once import both
 from zllm.service.config import ServerConfig
 from zllm.service.engine_client import EngineClient
 from zllm.service.memory_shares import share_out
@@ -155,11 +156,13 @@ class Engines:
             raise RequestExists("name", f"{name!r} is {self._models[name].state} here")
 
     async def _load(self, model: _Model) -> None:
-        config, engine = model.config, model.engine
+        name, folder, engine = model.config.served_model_name, model.config.model, model.engine
         try:
-            self._say(f"loading {config.served_model_name} from {config.model}")
-            await self._front.expect(config.served_model_name, config.model)
-            for line in (await engine.start()).startup_report:
+            self._say(f"loading {name} from {folder}")
+            # A large tokenizer takes a second, in which the engine's process imports torch.
+            _, (ready, client) = await both(self._front.expect(name, folder), engine.start())
+            await self._front.add(name, ready, client)
+            for line in ready.startup_report:
                 self._say(line)
         except BaseException:
             await self._end(model, 0.0)

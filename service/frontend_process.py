@@ -18,7 +18,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from zllm.errors import ConfigError, ZllmError
+from zllm.errors import ConfigError, Unavailable, ZllmError
 from zllm.service.calls import Observer
 from zllm.service.control import (
     COUNTS,
@@ -59,6 +59,7 @@ class Frontend:
         )
         self._engines: dict[str, EngineClient] = {}
         self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._readings: dict[str, asyncio.Task[None]] = {}
         self._hurry = asyncio.Event()
 
     async def carry_out(self, number: int, order: Order) -> Answer:
@@ -76,13 +77,16 @@ class Frontend:
             if order.name in self._engines:
                 self._engines[order.name].lose(order.why)
         elif isinstance(order, (Expect, Add, Remove)):
+            if isinstance(order, Remove) and order.name in self._readings:
+                # Nobody waits for that any more, and a folder may take as long as load_timeout.
+                self._readings[order.name].cancel()
             async with self._turns[order.name]:
                 await self._change(order)
         return Answer(number)
 
     async def _change(self, order: Expect | Add | Remove) -> None:
         if isinstance(order, Expect):
-            await self._server.expect(order.name, order.folder)
+            await self._expect(order.name, order.folder)
         elif isinstance(order, Add):
             await self._add(order.name, order.address)
         else:
@@ -90,6 +94,15 @@ class Frontend:
             gone = self._engines.pop(order.name, None)
             if gone is not None:
                 await gone.close()
+
+    async def _expect(self, name: str, folder: Path) -> None:
+        reading = asyncio.create_task(self._server.expect(name, folder))
+        self._readings[name] = reading
+        await asyncio.wait({reading})
+        del self._readings[name]
+        if reading.cancelled():
+            raise Unavailable(f"{name} is expected no more")
+        reading.result()
 
     async def _add(self, name: str, address: str) -> None:
         last = self._engines.get(name)

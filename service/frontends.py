@@ -102,8 +102,8 @@ class Frontends:
         await self._call_all(Expect(name, folder))
 
     async def add(self, name: str, ready: EngineReady, engine: EngineClient) -> None:
-        """As Server.add, in each. An engine that is lost meanwhile is no error: its keeper hears
-        of that too. Nor is one that is expected no more."""
+        """As Server.add, in each. An engine that is lost by now or meanwhile is no error: its
+        keeper hears of that too. Nor is one that is expected no more."""
         if name not in self._folders:
             return
         last = self._models.get(name)
@@ -117,6 +117,8 @@ class Frontends:
         )
         self._awaits.discard(name)
         engine.on_health = lambda healthy: self._note_health(name, engine, healthy)
+        if not engine.healthy:
+            return  # nobody could reach it; if it speaks again, they hear of it then
         try:
             await self._call_all(Add(name, engine.address))
         except ConfigError as error:

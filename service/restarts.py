@@ -48,8 +48,8 @@ async def _turn(lock: asyncio.Lock, patience: float | None) -> AsyncIterator[Non
 
 
 class KeptEngine:
-    """`add` hears of each engine that is ready, the first one and every one in its place. Those
-    that share the lock `loading` load one after another."""
+    """`add` hears of each engine that takes the first one's place. Those that share the lock
+    `loading` load one after another."""
 
     def __init__(
         self,
@@ -73,8 +73,8 @@ class KeptEngine:
     def healthy(self) -> bool:
         return self._process is not None and self._process.client.healthy
 
-    async def start(self, patience: float | None = None) -> EngineReady:
-        """Returns when the engine serves. Raises ConfigError with what it said. Waits no longer
+    async def start(self, patience: float | None = None) -> tuple[EngineReady, EngineClient]:
+        """Returns when the engine has loaded. Raises ConfigError with what it said. Waits no longer
         than `patience` seconds for other models' loads, where it is given."""
         async with _turn(self._loading, patience):
             self._process = process = EngineProcess(
@@ -84,8 +84,7 @@ class KeptEngine:
                 command=self._command,
             )
             self.ready = ready = await process.start(self._server.load_timeout)
-        await self._add(ready, process.client)
-        return ready
+        return ready, process.client
 
     async def keep(self) -> str:
         """Restarts the engine whenever it is lost; returns how it went the last time, after more
@@ -103,7 +102,7 @@ class KeptEngine:
             await asyncio.sleep(pause)
             try:
                 # A load that hangs is not to keep a model away that served.
-                await self.start(OTHER_LOAD_S)
+                await self._add(*await self.start(OTHER_LOAD_S))
                 began = loop.time()
                 why = await self._until_lost()
             except ConfigError as error:
