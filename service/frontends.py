@@ -61,6 +61,7 @@ class Frontends:
         self._alive: list[FrontendHandle] = []
         self._keeping: list[asyncio.Task[None]] = []
         self._started = 0
+        self._all_listen = asyncio.Event()
         self._held: socket.socket | None = None
         self._draining = False
         # Counted by all, read by one: a frontend's counts outlive it.
@@ -94,9 +95,11 @@ class Frontends:
             if isinstance(frontend, BaseException):
                 raise frontend
             self._keeping.append(asyncio.create_task(self._keep(frontend)))
+        self._all_listen.set()
 
     async def expect(self, name: str, folder: Path) -> None:
-        """As Server.expect, in each."""
+        """As Server.expect, in each, once all have started."""
+        await self._all_listen.wait()
         self._names.setdefault(name)
         self._folders[name] = folder
         await self._call_all(Expect(name, folder))

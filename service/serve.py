@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from zllm.runtime.config import EngineConfig
 from zllm.service.admin import AdminService
 from zllm.service.admin_server import AdminServer
+from zllm.service.at_once import both
 from zllm.service.config import ServerConfig
 from zllm.service.engines import Engines
 from zllm.service.event_loop import run_on_loop, spare_garbage_collection
@@ -89,9 +90,8 @@ async def _serve(
         # Whatever fails to start, the rest is stopped.
         if config.metrics:
             await exporter.start()
-        await server.start()
-        await admin.start()
-        starting = asyncio.create_task(engines.start(models))
+        # Frontends take half a second to be there, which the engines' processes need not wait for.
+        starting = asyncio.create_task(both(_listen(server, admin), engines.start(models)))
         await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
         if not starting.done():
             starting.cancel()
@@ -111,6 +111,12 @@ async def _serve(
         await admin.stop()
         await exporter.stop()
         await engines.stop()
+
+
+async def _listen(server: Server | Frontends, admin: AdminServer) -> None:
+    await server.start()
+    # Not before: a frontend that was still to come would not hear of a drain.
+    await admin.start()
 
 
 async def _until_stopped(engines: Engines, stopping: asyncio.Task[bool]) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from tests.service.stub_server import STUB, Served, answers, engines, serving
+from tests.service.stub_server import STUB, Served, answers, engines, frontends, serving
 from tests.service.test_load_unload import (
     STUCK_COMMAND,
     administering,
@@ -284,6 +284,50 @@ async def test_an_engine_that_is_lost_before_the_tokenizer_is_there_is_replaced(
                     await answers(served.target, "held")
                     break
                 await asyncio.sleep(0.02)
+
+
+async def test_an_engine_loads_while_the_frontends_start(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = f"from tests.service import test_start\ntest_start.wait_while_held({str(model)!r})\n"
+    command = (sys.executable, "-c", held + FRONTEND)
+    monkeypatch.setattr("zllm.service.frontend_handle.FRONTEND_COMMAND", command)
+    lines: list[str] = []
+    task = starting(model, lines, frontends=2)
+    await until_engines(1)
+    (model / HOLD).unlink()
+    async with asyncio.timeout(20):
+        while not any(line.startswith("listening on ") for line in lines):
+            await asyncio.sleep(0.02)
+    await answers(Served(task, lines).target, "held")
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert await task == 0
+
+
+async def test_frontends_that_cannot_begin_end_the_engine_that_loads(
+    model: Path, tmp_path: Path, sockets: Path
+) -> None:
+    (model / HOLD).unlink()
+    keys = tmp_path / "keys.yaml"
+    keys.write_text("keys: []")
+    with pytest.raises(ConfigError, match="at least one key"):
+        await starting(model, [], frontends=2, api_keys=str(keys))
+    assert not [*engines(), *frontends()]
+    assert not list(sockets.iterdir())
+
+
+async def test_sigterm_waits_for_no_frontend(
+    model: Path, monkeypatch: pytest.MonkeyPatch, sockets: Path
+) -> None:
+    stuck = (sys.executable, "-c", "import sys; sys.stdin.read()  # zllm.service.frontend_process")
+    monkeypatch.setattr("zllm.service.frontend_handle.FRONTEND_COMMAND", stuck)
+    task = starting(model, [], frontends=2)
+    await until_engines(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    async with asyncio.timeout(8):
+        assert await task == 0
+    assert not [*engines(), *frontends()]
+    assert not list(sockets.iterdir())
 
 
 async def after(seconds: float, result: int) -> int:
