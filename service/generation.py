@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from array import array
 from collections.abc import Iterable
-
-import numpy as np
 
 from zllm.errors import RequestExists, Unavailable
 from zllm.native.delta_writer import DeltaWriter
@@ -173,7 +172,7 @@ class GenerationService:
         engine_id = model.engine.submit(
             AddRequest(
                 request_id=0,  # the engine client's to give
-                prompt=np.asarray(prompt, dtype="<i4").tobytes(),
+                prompt=array("i", prompt).tobytes(),
                 sampling=options.sampling,
                 stopping=stopping,
                 num_logprobs=options.num_logprobs,

@@ -100,6 +100,12 @@ def test_neither_clients_nor_service_load_torch(code: str) -> None:
     assert loaded.splitlines()[-1] == "False"
 
 
+def test_the_service_does_without_numpy() -> None:
+    """It takes a tenth of a second to import, before the engine's process is started."""
+    code = "import sys, zllm.service.serve, zllm.service.frontend_process"
+    assert run(f"{code}\nprint('numpy' in sys.modules)") == "False"
+
+
 def test_a_client_loads_neither_runtime_nor_service() -> None:
     heavy = (
         "[m for m in sys.modules if m.split('.')[:2] in (['zllm','runtime'],['zllm','service'])]"
