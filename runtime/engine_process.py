@@ -8,6 +8,7 @@ lives: its end, like the parent's death, ends this process.
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import signal
 import sys
@@ -192,10 +193,15 @@ def main(address: str) -> int:
     clients = Clients(address)
     try:
         # Imported here so that a torch that cannot load reaches the parent as EngineFailed too.
+        # What they leave stays: never looked through, it makes them a sixth faster, and later
+        # collections, like the one before CUDA graphs are captured, 60 ms shorter.
+        gc.disable()
         import torch
 
         from zllm.runtime.engine import Engine
 
+        gc.freeze()
+        gc.enable()
         engine = Engine(config)
     except (ZllmError, ImportError, OSError, MemoryError, RuntimeError) as error:
         client, _ = clients.receive()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from tests.runtime.test_engine_clients import Peer
@@ -25,6 +28,18 @@ from zllm.runtime.messages import (
     StepOutput,
     Stopping,
 )
+
+IMPORTED = """
+import gc, sys, types
+from zllm.runtime import engine_process
+
+def tell(config):
+    print(gc.isenabled(), gc.get_freeze_count() > 100_000, flush=True)
+    sys.exit()
+
+sys.modules["zllm.runtime.engine"] = types.SimpleNamespace(Engine=tell)
+engine_process.main(sys.argv[1])
+"""
 
 
 class Counting(Engine):
@@ -95,3 +110,14 @@ def test_the_books_are_checked_when_the_engine_falls_idle_but_not_every_time(
         begin(peers[0], max_tokens=3)
         once_idle(peers[0], generated=3 * count)
     assert engine.checks == 1
+
+
+def test_what_is_imported_is_spared_by_the_garbage_collector(tmp_path: Path) -> None:
+    config = msgspec.json.encode(EngineConfig(model=EMBEDDED_MODEL), enc_hook=str) + b"\n"
+    command = [sys.executable, "-c", IMPORTED, str(tmp_path / "engine.sock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(config)
+        process.stdin.flush()
+        assert process.stdout.readline() == b"True True\n"
