@@ -4,20 +4,9 @@
 //
 // Macros: SCALAR, CACHE (SCALAR, or narrower), HEADS, KV_HEADS, QK_NORM (0 or 1).
 #pragma once
-#include "cache_type.cuh"
+#include "early_loads.cuh"
+#include "heads_to.cuh"
 #include "linear_tile.cuh"
-
-// As in rope_cache.cu.
-struct HeadsTo {
-  SCALAR* q_out;  // [m, HEADS, 128]
-  CACHE *keys, *values;
-  const int *positions, *slots;
-  const float* cos_sin;
-  const SCALAR *q_norm, *k_norm;
-  const float *k_scale, *v_scale;
-  i64 block_stride;
-  float eps;
-};
 
 // Adds the partial sums of the cluster's Split blocks, [Rows][128 + 4] each. The block of this rank
 // has every Split-th row, of 8 lanes: a lane has twice 4 neighbours of the head's first half and the
@@ -45,9 +34,9 @@ template <int Rows, int Split, int Threads> class HeadEnd {
 #pragma unroll
     for (int i = 0; i < kRounds; ++i) {
       const int token = above_ + min(row(i), rows_ - 1);
-      slots_[i] = load_integer(to_.slots + token);
+      slots_[i] = load_here(to_.slots + token);
       if (is_value()) continue;
-      const float* const angles = to_.cos_sin + i64(load_integer(to_.positions + token)) * kHead;
+      const float* const angles = to_.cos_sin + i64(load_here(to_.positions + token)) * kHead;
 #pragma unroll
       for (int v = 0; v < kVecs; ++v) angles_[i][v] = load_here<uint4>(angles + at(v));
     }
@@ -139,29 +128,6 @@ template <int Rows, int Split, int Threads> class HeadEnd {
     }
   }
 
-  // Loads that stand where they are written, and whose words the compiler does not take apart, which
-  // would be to wait for them, before arrived(). Integers, which every step writes anew, are read past
-  // L1, as it may hold an earlier step's.
-  static __device__ __forceinline__ int load_integer(const int* from) {
-    int x;
-    asm volatile("ld.global.cg.b32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
-    return x;
-  }
-  template <typename V> static __device__ __forceinline__ V load_here(const void* from) {
-    V x;
-    if constexpr (sizeof(V) == 8)
-      asm volatile("ld.global.v2.b32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "l"(from) : "memory");
-    else
-      asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-                   : "l"(from)
-                   : "memory");
-    return x;
-  }
-  static __device__ __forceinline__ u32 arrived(u32 word) {
-    asm volatile("" : "+r"(word));
-    return word;
-  }
   static __device__ __forceinline__ float word(const uint4& x, int j) {
     return __uint_as_float(arrived(j == 0 ? x.x : j == 1 ? x.y : j == 2 ? x.z : x.w));
   }

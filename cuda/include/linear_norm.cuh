@@ -2,6 +2,7 @@
 // residual h leaves h * gains beside it and, of its columns, each row's sum of h^2; who needs
 // rmsnorm(h) W^T multiplies (h * gains) W^T by each row's 1 / sqrt(mean(h^2) + eps).
 #pragma once
+#include "early_loads.cuh"
 #include "linear_tile.cuh"
 
 template <typename T> struct ScaledResidual {
@@ -34,10 +35,10 @@ template <int Rows, int Columns, int Split, int Threads, typename T> class Scale
 #pragma unroll
     for (int j = 0; j < kEach; ++j) {
       const int o = column_ + j * kLanes * 4;
-      gains_[j] = load_here(to.gains + first_ + o, o < count_);
+      gains_[j] = load_if(to.gains + first_ + o, o < count_);
 #pragma unroll
       for (int i = 0; i < kRounds; ++i)
-        old_[i][j] = load_here(to.residual + place(to, i, o), o < count_ && row(i) < to.m);
+        old_[i][j] = load_if(to.residual + place(to, i, o), o < count_ && row(i) < to.m);
     }
   }
   // Begins and ends with a barrier among the threads, or, with Split, of the whole cluster.
@@ -78,9 +79,8 @@ template <int Rows, int Columns, int Split, int Threads, typename T> class Scale
   __device__ __forceinline__ i64 place(const ScaledResidual<T>& to, int round, int o) const {
     return static_cast<i64>(row(round)) * to.n + first_ + o;
   }
-  // A load that stands where it is written, and whose words the compiler does not take apart, which
-  // would be to wait for them, before arrived().
-  static __device__ __forceinline__ uint2 load_here(const void* from, bool exists) {
+  // load_here<uint2>, or zeros.
+  static __device__ __forceinline__ uint2 load_if(const void* from, bool exists) {
     uint2 x;
     asm volatile(
         "{\n.reg .pred exists;\nsetp.ne.b32 exists, %3, 0;\n"
@@ -90,10 +90,6 @@ template <int Rows, int Columns, int Split, int Threads, typename T> class Scale
         : "l"(from), "r"(static_cast<int>(exists))
         : "memory");
     return x;
-  }
-  static __device__ __forceinline__ u32 arrived(u32 word) {
-    asm volatile("" : "+r"(word));
-    return word;
   }
 
   int first_, count_, row_, column_;

@@ -4,7 +4,7 @@
 //
 // Macros: CACHE (SCALAR, or narrower), HEADS, KV_HEADS, QK_NORM (0 or 1), and many_rows.cuh's, of
 // which COLUMNS is 256.
-#include "cache_type.cuh"
+#include "heads_to.cuh"
 #include "many_rows.cuh"
 
 namespace {
@@ -13,20 +13,12 @@ static_assert(many_rows::kColumns == 2 * kHead, "a tile is two heads");
 
 // A tile is two heads. A group of 8 lanes has a row of one at a time, a lane 8 neighbours of the
 // head's first half and the matching ones of the second, so that a pair to rotate never leaves it.
-struct Heads {
+struct Heads : HeadsTo {
   static constexpr int kAtOnce = 3, kStep = many_rows::kEndThreads / 16, kVec = 8;
   // What the first half and then the second half of a lane's part of a head is.
   using Part = float[2 * kVec];
 
-  SCALAR* q_out;
-  CACHE *keys, *values;
-  const int *positions, *slots;
-  const float* cos_sin;
-  const SCALAR *q_norm, *k_norm;
-  const float *k_scale, *v_scale;
-  i64 block_stride;
   int m;
-  float eps;
 
   template <typename Wait>
   __device__ __forceinline__ void operator()(const many_rows::Place& place, Wait wait,
@@ -150,7 +142,8 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(many_rows
 #if __CUDA_ARCH_FEAT_SM90_ALL
   many_rows::multiply(x_map, w_map, m, k, (kAllHeads + 1) / 2, many_rows::kColumns,
                       many_rows::kHalf,
-                      Heads{q_out, keys, values, positions, slots, cos_sin, q_norm, k_norm, k_scale,
-                            v_scale, block_stride, m, eps});
+                      Heads{{q_out, keys, values, positions, slots, cos_sin, q_norm, k_norm,
+                             k_scale, v_scale, block_stride, eps},
+                            m});
 #endif
 }

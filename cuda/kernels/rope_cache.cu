@@ -9,6 +9,7 @@
 // of the second, so that a pair to rotate never leaves its thread. A thread block is one token,
 // whose cosines and sines a lane loads once for all its heads.
 #include "cache_type.cuh"
+#include "early_loads.cuh"
 
 constexpr int kVec = Vec<SCALAR>::size;
 constexpr int kHalfVecs = HEAD_DIM / 2 / kVec;
@@ -21,22 +22,6 @@ constexpr bool kOneRound = kGroups >= kAllHeads;
 static_assert(HEAD_DIM % (2 * kVec) == 0, "HEAD_DIM must be a multiple of two vectors");
 static_assert(kLanes <= 32, "a head must fit in a warp");
 static_assert(sizeof(CACHE) <= sizeof(SCALAR), "the cache must not be wider than the model");
-
-// Loads that stay on the side of wait_for_previous() on which they stand. Integers, which every step
-// writes anew, are read past L1, as it may hold an earlier step's.
-__device__ __forceinline__ int load_here(const int* from) {
-  int x;
-  asm volatile("ld.global.cg.b32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
-  return x;
-}
-__device__ __forceinline__ uint4 load_here(const void* from) {
-  uint4 x;
-  asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-               : "l"(from)
-               : "memory");
-  return x;
-}
 
 // Grid: tokens. qkv [P, kAllHeads, D]; q_out [P, HEADS, D]; cos_sin [max_len, D]; keys and values
 // [blocks, KV_HEADS, 16, D] with `block_stride` elements from block to block. Scales (one float
@@ -58,8 +43,8 @@ rope_cache(SCALAR* q_out, const SCALAR* qkv, CACHE* keys, CACHE* values, const i
     const float* p = cos_sin + size_t(position) * HEAD_DIM + lane * kVec;
 #pragma unroll
     for (int j = 0; j < kVec; j += 4) {
-      *reinterpret_cast<uint4*>(cosine + j) = load_here(p + j);
-      *reinterpret_cast<uint4*>(sine + j) = load_here(p + HEAD_DIM / 2 + j);
+      *reinterpret_cast<uint4*>(cosine + j) = load_here<uint4>(p + j);
+      *reinterpret_cast<uint4*>(sine + j) = load_here<uint4>(p + HEAD_DIM / 2 + j);
     }
   }
   Vec<SCALAR> low_gains, high_gains;
