@@ -169,7 +169,8 @@ class ModelConfig:
             )
         num_heads = _integer(raw, "num_attention_heads")
         hidden_size = _integer(raw, "hidden_size")
-        head_dim = raw.get("head_dim")
+        # A Qwen3 that says nothing has what transformers' Qwen3Config has.
+        head_dim = raw.get("head_dim", 128)
         return cls(
             architecture=architecture,
             vocab_size=_integer(raw, "vocab_size"),
@@ -178,7 +179,9 @@ class ModelConfig:
             num_layers=_integer(raw, "num_hidden_layers"),
             num_heads=num_heads,
             num_kv_heads=_integer(raw, "num_key_value_heads", num_heads),
-            head_dim=_integer(raw, "head_dim") if head_dim else hidden_size // max(num_heads, 1),
+            head_dim=_integer(raw, "head_dim", 128)
+            if head_dim
+            else hidden_size // max(num_heads, 1),
             max_position_embeddings=_integer(raw, "max_position_embeddings"),
             rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6),
             rope=_rope(raw),

@@ -48,8 +48,9 @@ def test_rope_theta_in_its_old_and_its_new_place(rope):
     assert read(**rope).rope.theta == 5e6
 
 
-def test_without_a_head_dim_the_heads_share_the_hidden_size():
-    assert read(head_dim=None).head_dim == 16
+def test_a_head_dim_left_out_is_transformers_own_and_null_shares_out_the_hidden_size():
+    assert read(head_dim=None).head_dim == Qwen3Config().head_dim == 128
+    assert ModelConfig.from_dict({**BASE, "head_dim": None}, None).head_dim == 16
 
 
 def test_without_key_value_heads_every_head_has_its_own():
