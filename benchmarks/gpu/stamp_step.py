@@ -46,7 +46,7 @@ struct Stamps {
   __device__ Stamps(int kernel, bool here) : here(here) {
     if (!here) return;
     u64* const counts = reinterpret_cast<u64*>(%(address)dull);
-    const int block = kernel * %(blocks)d + blockIdx.x;
+    const int block = kernel * %(blocks)d + blockIdx.y * gridDim.x + blockIdx.x;
     launch = atomicAdd(counts + block, 1ull);
     record = counts + %(kernels)d * %(blocks)d + i64(block) * (%(most_layers)d * kEvents);
     mark(0);
