@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zllm.cuda.checks import INT, require
 from zllm.cuda.compiler import Program
 from zllm.cuda.launcher import KernelLibrary
 from zllm.cuda.linear_plans import (
@@ -179,11 +178,10 @@ class SkinnyLinear:
         LogitChunks."""
         if not self.supports(m, n, k, dtype) or not self._is_tiled(m, n, k):
             return False
-        plan = self._tiled_plan(m, n, k, gated=False)
-        return plan.split == 1 and not plan.swapped and plan.columns % CHUNK == 0
+        return _leaves_chunks(self._tiled_plan(m, n, k, gated=False))
 
-    def leaves_norms(self, m: int, dtype: torch.dtype) -> bool:
-        """Whether products of m rows in a chain leave norms to each other."""
+    def takes_norms(self, m: int, dtype: torch.dtype) -> bool:
+        """Whether a product with m rows takes a norm that was left, whatever W is."""
         some = self.MAX_NORM_ROWS < m <= self.max_rows
         return self._library.hopper and some and dtype == torch.bfloat16
 
@@ -241,9 +239,10 @@ class SkinnyLinear:
             macros |= {"QKV": 1} | rope.macros
             further = (*rope.arguments(), int(early))
         if chunks is not None:
-            _check(plan.columns % CHUNK == 0, f"chunks: tiles have {plan.columns} columns")
+            fills = _leaves_chunks(plan) and residual is None and not gated
+            _check(fills, f"chunks: not left by a product of {(m, k)} and {tuple(weight.shape)}")
             macros["SAMPLED"] = 1
-            further = _chunk_arguments(chunks, m, n, x.device)
+            further = chunks.arguments(m, n, self._library.device)
         left = scaled or normed
         squares, parts = (left.squares, left.squares.shape[0]) if left else (None, 0)
         rows = scaled.rows if scaled else None
@@ -268,42 +267,40 @@ class SkinnyLinear:
         norm: bool = False,
         residual: bool = False,
         gated: bool = False,
+        left: bool = True,
+        head: bool = False,
+        heads: Mapping[str, str | int] | None = None,
     ) -> Iterator[Program]:
-        """The programs that products with an [n, k] weight need in a model, whatever M; none for
-        what is cuBLAS's. `norm`: fused as far as it can be, also by what is left beside a
-        `residual`; a vocabulary's also behind a kernel."""
-        found: list[Program] = []
-        sizes = (8, *TILE_ROWS)
-        for fewest, m in zip((1, *(size + 1 for size in sizes)), sizes, strict=False):
-            if self._takes(m, n, gated) and self.supports(fewest, n, k, dtype, gated):
-                few, head = m <= self.MAX_NORM_ROWS, is_head(n, self._library.num_sms)
-                scaled = (norm or residual) and self.supports_scaled(m, n, k, dtype)
-                sampled = not few and head and self.leaves_chunks(m, n, k, dtype)
-                if not scaled or few or head:
-                    plan = self._plan(m, n, k, gated, norm and few)
-                    source = (_TILED if isinstance(plan, Tiled) else _SKINNY)[0]
-                    macros = _macros(plan, dtype, norm and few, residual, gated)
-                    found.append(Program(source, macros | ({"SAMPLED": 1} if sampled else {})))
-                if scaled:
-                    tiled = self._tiled_plan(m, n, k, gated)
-                    macros = _macros(tiled, dtype, norm, residual, gated, scaled=residual)
-                    macros["SAMPLED"] = int(sampled)
-                    found.append(Program(_TILED[0], macros))
-        yield from (p for i, p in enumerate(found) if p not in found[:i])
+        """The programs that a model's products with an [n, k] weight need, whatever M; none for
+        what is cuBLAS's.
 
-    def qkv_programs(
-        self, n: int, k: int, dtype: torch.dtype, macros: Mapping[str, str | int]
-    ) -> Iterator[Program]:
-        """Likewise of `qkv_of_scaled`. `macros`: `rope_cache.head_macros` of the model."""
-        found: list[Tiled] = []
-        for m in (self.MAX_NORM_ROWS + 1, *TILE_ROWS):
-            plan = qkv_plan(m, n, k, self._library.num_sms)
-            fits = plan is not None and self.supports_qkv(m, n, k, HEAD_DIM, dtype)
-            if plan is not None and fits and plan not in found:
-                found.append(plan)
-        for plan in found:
-            fused = _macros(plan, dtype, norm=True, residual=False, gated=False)
-            yield Program(_TILED[0], fused | {"QKV": 1} | dict(macros))
+        norm: one stands before it, `left` by the product before where that can. residual: it is
+        added to. head: its logits are sampled by, and it may be a graph of its own, where nothing
+        is left to it. heads: what `qkv_of_scaled` is told, `rope_cache.head_macros`; None where it
+        cannot be used.
+        """
+        found: list[Program] = []
+        sizes = (8, *TILE_ROWS) if self._library.hopper else (8, 16)
+        for fewest, m in zip((1, *(size + 1 for size in sizes)), sizes, strict=False):
+            if not self._takes(m, n, gated) or not self.supports(fewest, n, k, dtype, gated):
+                continue
+            few = m <= self.MAX_NORM_ROWS
+            fused = left and (norm or residual) and self.supports_scaled(m, n, k, dtype)
+            sampled = int(head and not few and self.leaves_chunks(m, n, k, dtype))
+            if not fused or (norm and few) or head:
+                plan = self._plan(m, n, k, gated, norm and few)
+                macros = _macros(plan, dtype, norm and few, residual, gated)
+                if isinstance(plan, Tiled):
+                    found.append(Program(_TILED[0], macros | {"SAMPLED": sampled}))
+                else:
+                    found.append(Program(_SKINNY[0], macros))
+            if fused:
+                ends = qkv_plan(m, n, k, self._library.num_sms) if heads is not None else None
+                tiled = ends or self._tiled_plan(m, n, k, gated)
+                macros = _macros(tiled, dtype, norm, residual, gated, scaled=residual)
+                macros |= {"SAMPLED": sampled} if ends is None else {"QKV": 1, **(heads or {})}
+                found.append(Program(_TILED[0], macros))
+        yield from (p for i, p in enumerate(found) if p not in found[:i])
 
     def _takes(self, m: int, n: int, gated: bool) -> bool:
         return 1 <= m <= self.max_rows and (m <= 16 or not gated or n // 2 % UNIT == 0)
@@ -367,16 +364,8 @@ def _macros(
     return {"SCALAR": _SCALARS[dtype], **plan.macros(), **fused}
 
 
-def _chunk_arguments(chunks: LogitChunks, m: int, n: int, device: torch.device) -> tuple[Any, ...]:
-    index = device.index
-    require("chunks", chunks.chunks, (torch.float32,), (m, None, 2), index)
-    require("sample_rows", chunks.sample_rows, INT, (m,), index)
-    require("params", chunks.params, INT, (None, None), index)
-    pitch, words = chunks.chunks.shape[1], chunks.params.shape[1]
-    if pitch * CHUNK < n:
-        raise KernelError(f"chunks has {pitch} for each row: {n} logits are more")
-    temperatures = chunks.params.view(-1)[chunks.temperature :]
-    return chunks.chunks, chunks.sample_rows, temperatures, words, pitch
+def _leaves_chunks(plan: Tiled) -> bool:
+    return plan.split == 1 and not plan.swapped and plan.columns % CHUNK == 0
 
 
 def _check(condition: bool, message: str) -> None:

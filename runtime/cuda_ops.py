@@ -70,7 +70,7 @@ class CudaOps:
         )
 
     def embed(self, table: Tensor, tokens: Tensor, norm: Tensor) -> Hidden:
-        if self._skinny.leaves_norms(tokens.shape[0], table.dtype):
+        if self._skinny.takes_norms(tokens.shape[0], table.dtype):
             x, left = embedding.embed_scaled(self._kernels, table, tokens, norm)
             return Hidden(x, norm, left)
         return Hidden(embedding.embed(self._kernels, table, tokens), norm)

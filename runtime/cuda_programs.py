@@ -92,13 +92,17 @@ def _programs(kernels: KernelLibrary, model: ModelConfig, shape: StepShape) -> I
         hidden, inner = model.hidden_size, model.intermediate_size
         heads = model.num_heads * model.head_dim
         qkv = heads + 2 * model.num_kv_heads * model.head_dim
-        yield from skinny.programs(qkv, hidden, dtype, norm=fused)
-        if fused and model.head_dim == HEAD_DIM and not model.attention_bias:
+        biased = model.attention_bias  # which torch adds
+        if not biased:
+            of_128 = fused and model.head_dim == HEAD_DIM
             macros = rope_cache.head_macros(spec.kv_dtype, *head_sizes[:2], qk_norm=True)
-            yield from skinny.qkv_programs(qkv, hidden, dtype, macros)
-        yield from skinny.programs(hidden, heads, dtype, residual=True)
-        yield from skinny.programs(2 * inner, hidden, dtype, norm=fused, gated=True)
+            ends = macros if of_128 else None
+            yield from skinny.programs(qkv, hidden, dtype, norm=fused, heads=ends)
+            yield from skinny.programs(hidden, heads, dtype, residual=True)
+        yield from skinny.programs(
+            2 * inner, hidden, dtype, norm=fused, gated=True, left=not biased
+        )
         yield from skinny.programs(hidden, inner, dtype, residual=True)
-        yield from skinny.programs(model.vocab_size, hidden, dtype, norm=fused)
+        yield from skinny.programs(model.vocab_size, hidden, dtype, norm=fused, head=True)
         if kernels.hopper:
             yield from linear_many.programs(dtype, spec.kv_dtype, *head_sizes, qk_norm=True)

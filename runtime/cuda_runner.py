@@ -249,7 +249,7 @@ class CudaRunner:
 
     def _body(self, num_tokens: int, *, decode_only: bool, all_sample: bool = False) -> Hidden:
         """From the arena to the hidden states of the sampled tokens, which the step's buffer gets
-        unless all sample. Launches only."""
+        unless `all_sample`. Launches only."""
         num_rows = num_tokens if decode_only else min(num_tokens, self._shape.max_rows)
         batch = self._step.prepare(
             num_tokens, num_rows, decode_only=decode_only, all_sample=all_sample

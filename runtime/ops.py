@@ -42,7 +42,8 @@ class Batch:
     work: Any = None
     """What the backend's attention made of the batch, once for all layers."""
     all_sample: bool = False
-    """Every token is its row's last and samples: sample_tokens is 0, 1, 2, …"""
+    """Every token is its row's last and samples: sample_tokens is 0, 1, 2, … False where nobody
+    has said so."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,7 +61,8 @@ __device__ __forceinline__ void list_samples(int* sample_tokens, int* sample_row
 // num_rows and num_samples are P, R and S; pad_row is the row of padding.
 //
 // The first `ahead` vectors of both pinned arenas are asked for before it is known which one is due; the
-// other may be written to right now. An L1 may hold what stood there two steps ago: all is read past it.
+// other may be written to right now. An L1 may hold what stood there two steps ago: they are read past
+// it.
 extern "C" __global__ void __launch_bounds__(kThreads)
 take_batch(int* tokens, int* positions, int* slots, int* rows, int* q_start, int* kv_len,
            int* sample_tokens, int* sample_rows, int* own, int* block_table, int* params,

@@ -85,7 +85,7 @@ class Qwen3:
 
     def forward(self, ops: Ops, batch: Batch, cache: KVCache, out: Tensor | None = None) -> Hidden:
         """The hidden states [S, H] of the sampled tokens, behind which the last norm stands; in
-        `out` where it is given, unless every token samples."""
+        `out` where it is given, unless `batch.all_sample`."""
         decoder, layers = self.decoder, self.decoder.layers
         x = ops.decode(decoder, batch, cache)
         if x is not None:

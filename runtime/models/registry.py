@@ -33,7 +33,7 @@ class Model(Protocol):
 
     def forward(self, ops: Ops, batch: Batch, cache: KVCache, out: Tensor | None = None) -> Hidden:
         """Write the step's keys and values to the cache; give the sampled tokens' hidden states
-        [S, H] in front of the last norm, in `out` where it is given and not every token samples."""
+        [S, H] in front of the last norm, in `out` where it is given, unless `batch.all_sample`."""
         ...
 
     def logits(self, ops: Ops, hidden: Hidden) -> Logits:
