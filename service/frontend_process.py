@@ -74,6 +74,7 @@ class Frontend:
             self._hurry.set()
         elif isinstance(order, Lose):
             # Not in turn: whoever waits for that engine waits no longer.
+            server.await_no_more(order.name)
             if order.name in self._engines:
                 self._engines[order.name].lose(order.why)
         elif isinstance(order, (Expect, Add, Remove)):
@@ -108,6 +109,10 @@ class Frontend:
         last = self._engines.get(name)
         if last is not None and last.address == address:
             return  # it has been told before
+        if not Path(address).parent.is_dir():
+            # Lost while this waited for its turn: nobody will ever answer there.
+            self._server.await_no_more(name)
+            raise ConfigError(f"the engine of {name} is gone")
         engine = self._engines[name] = EngineClient(
             address, timeout=self._begin.config.engine_timeout, number=self._begin.number
         )
@@ -116,6 +121,7 @@ class Frontend:
                 ready = await engine.connect()
         except (ConfigError, TimeoutError) as error:
             self._engines.pop(name, None)
+            self._server.await_no_more(name)
             await engine.close()
             raise ConfigError(str(error) or f"no answer within {CONNECT_S:g} s") from error
         await self._server.add(name, ready, engine)

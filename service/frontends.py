@@ -121,7 +121,9 @@ class Frontends:
         self._awaits.discard(name)
         engine.on_health = lambda healthy: self._note_health(name, engine, healthy)
         if not engine.healthy:
-            return  # nobody could reach it; if it speaks again, they hear of it then
+            # Nobody could reach it; if it speaks again, they hear of it then.
+            self._note_health(name, engine, False)
+            return
         try:
             await self._call_all(Add(name, engine.address))
         except ConfigError as error:
@@ -177,8 +179,9 @@ class Frontends:
             await frontend.start(begin, self._counts)
             # From here on it hears of every change, after what was before it.
             self._alive.append(frontend)
+            gone = [Remove(name, 0.0) for name in names if name not in self._names]
             try:
-                await _answers([frontend.call(order) for order in self._so_far()])
+                await _answers([frontend.call(order) for order in (*gone, *self._so_far())])
             except ConfigError as error:
                 log.error("a new frontend does not serve all models: %s", error)
             if self._draining:

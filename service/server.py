@@ -143,6 +143,11 @@ class Server:
         engine.on_health = self._follow
         self._follow()
 
+    def await_no_more(self, name: str) -> None:
+        """The others' health waits no longer for this model, whose first engine was lost."""
+        self._awaits.discard(name)
+        self._follow()
+
     async def remove(self, name: str, grace: float = 0.0) -> None:
         """Requests to this model are NOT_FOUND from now on; those that run get `grace` seconds
         to finish, and the rest ends with FINISH_REASON_SHUTDOWN."""

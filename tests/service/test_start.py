@@ -14,6 +14,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.service.stub_server import STUB, Served, answers, engines, frontends, serving
 from tests.service.test_load_unload import (
@@ -286,6 +287,43 @@ async def test_an_engine_that_is_lost_before_the_tokenizer_is_there_is_replaced(
                 await asyncio.sleep(0.02)
 
 
+@EITHER_WAY
+async def test_a_model_whose_engine_is_lost_before_it_serves_holds_up_no_other(
+    model: Path, frontends: int, tmp_path: Path
+) -> None:
+    (tmp_path / "second").mkdir()
+    other = copy_model(tmp_path / "second")
+    templates = [
+        EngineConfig(model=folder, served_model_name=name, num_kv_blocks=64)
+        for folder, name in ((other, "other"), (model, "held"))
+    ]
+    config = ServerConfig(
+        port=0, admin_port=0, metrics=False, frontends=frontends, restart_backoff=60.0
+    )
+    command = (sys.executable, str(STUB))
+    lines: list[str] = []
+    task = asyncio.create_task(
+        serve(config, templates, templates[0], version="test", say=lines.append, command=command)
+    )
+    await until_engines(2)
+    await asyncio.sleep(0.7)
+    engines()[1].kill()
+    await until_engines(1)
+    (model / HOLD).unlink()
+    async with asyncio.timeout(20):
+        while not any(line.startswith("listening on ") for line in lines):
+            await asyncio.sleep(0.02)
+        target = Served(task, lines).target
+        await answers(target, "other")
+        async with grpc.aio.insecure_channel(target) as channel:
+            health = health_pb2_grpc.HealthStub(channel)
+            request = health_pb2.HealthCheckRequest()
+            while (await health.Check(request)).status != health_pb2.HealthCheckResponse.SERVING:
+                await asyncio.sleep(0.05)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert await task == 0
+
+
 async def test_an_engine_loads_while_the_frontends_start(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -330,6 +368,20 @@ async def test_sigterm_waits_for_no_frontend(
     assert not list(sockets.iterdir())
 
 
+async def test_sigterm_ends_frontends_that_do_not_end_by_themselves(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stuck = (sys.executable, "-c", "import time; time.sleep(40)  # zllm.service.frontend_process")
+    monkeypatch.setattr("zllm.service.frontend_handle.FRONTEND_COMMAND", stuck)
+    monkeypatch.setattr("zllm.service.frontend_handle.STOP_S", 0.5)
+    task = starting(model, [], frontends=2)
+    await until_engines(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    async with asyncio.timeout(8):
+        assert await task == 0
+    assert not [*engines(), *frontends()]
+
+
 async def after(seconds: float, result: int) -> int:
     await asyncio.sleep(seconds)
     return result
@@ -370,3 +422,22 @@ async def test_who_leaves_both_leaves_neither_running() -> None:
     with pytest.raises(asyncio.CancelledError):
         await waiting
     assert asyncio.all_tasks() == before
+
+
+async def test_what_is_left_cleans_up_in_peace() -> None:
+    cleaned = False
+
+    async def slow() -> None:
+        nonlocal cleaned
+        try:
+            await asyncio.sleep(10)
+        finally:
+            await asyncio.sleep(0.05)
+            cleaned = True
+
+    task = asyncio.create_task(both(slow(), after(10.0, 1)))
+    await asyncio.sleep(0.01)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert cleaned
