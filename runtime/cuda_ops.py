@@ -78,20 +78,15 @@ class CudaOps:
     def linear(
         self, hidden: Hidden, weight: Tensor, bias: Tensor | None = None, *, eps: float
     ) -> Tensor:
-        product = self._of_few_rows(hidden, weight, bias, eps)
-        if product is not None:
-            return product
-        return F.linear(self._normed(hidden, eps), weight, bias)
+        return self._linear(hidden, weight, bias, eps)
 
     def logits(self, hidden: Hidden, head: Tensor, *, eps: float) -> Logits:
         (m, dtype), (n, k) = (hidden.x.shape[0], hidden.x.dtype), head.shape
         chunks = None
         if m > self._skinny.MAX_NORM_ROWS and self._skinny.leaves_chunks(m, n, k, dtype):
             chunks = self._chunks_of(m) if self._chunks_of is not None else None
-        product = self._of_few_rows(hidden, head, None, eps, chunks=chunks)
-        if product is None:
-            return Logits(F.linear(self._normed(hidden, eps), head))
-        return Logits(product, scanned=chunks is not None)
+        x = self._linear(hidden, head, None, eps, chunks)
+        return Logits(x, scanned=chunks is not None)
 
     def gated_linear(self, hidden: Hidden, gate_up: Tensor, *, eps: float) -> Tensor:
         product = self._of_few_rows(hidden, gate_up, None, eps, gated=True)
@@ -141,6 +136,19 @@ class CudaOps:
                 return self._many.qkv(self._normed(hidden, eps), layer.qkv, rope)
         qkv = self.linear(hidden, layer.qkv, layer.qkv_bias, eps=eps)
         return rope_cache(self._kernels, qkv, rope, early=early)
+
+    def _linear(
+        self,
+        hidden: Hidden,
+        weight: Tensor,
+        bias: Tensor | None,
+        eps: float,
+        chunks: LogitChunks | None = None,
+    ) -> Tensor:
+        product = self._of_few_rows(hidden, weight, bias, eps, chunks=chunks)
+        if product is not None:
+            return product
+        return F.linear(self._normed(hidden, eps), weight, bias)
 
     def _of_few_rows(
         self,

@@ -75,10 +75,7 @@ __device__ __forceinline__ void finish_tile(const Epilogue<T>& to, Tile tile, co
         if (o + c < tile.count) residual[i][c] = to_float(to.residual[place + c]);
     }
   }
-  if constexpr (Split > 1)
-    sync_cluster();
-  else
-    sync_group<32 * Warps>(0);
+  sync_split<Split, 32 * Warps>();
   const auto total = [&](const float* at) {
     return sum_of_parts<Split, Groups, Cols * pitch>(at);
   };
@@ -117,8 +114,5 @@ __device__ __forceinline__ void finish_tile(const Epilogue<T>& to, Tile tile, co
     for (int c = 0; c < 4; ++c)
       if (o + c < tile.count) to.out[place + c] = rounded[c];
   }
-  if constexpr (Split > 1)
-    sync_cluster_relaxed();
-  else
-    sync_group<32 * Warps>(0);
+  sync_split_relaxed<Split, 32 * Warps>();
 }

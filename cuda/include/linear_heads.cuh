@@ -44,10 +44,7 @@ template <int Rows, int Split, int Threads> class HeadEnd {
 
   // Begins and ends with a barrier among the threads, or, with Split, of the whole cluster.
   __device__ __forceinline__ void finish(const float* partials) const {
-    if constexpr (Split > 1)
-      sync_cluster();
-    else
-      sync_group<Threads>(0);
+    sync_split<Split, Threads>();
 #pragma unroll
     for (int i = 0; i < kRounds; ++i) {
       Part x;
@@ -62,10 +59,7 @@ template <int Rows, int Split, int Threads> class HeadEnd {
       if (!is_value()) rotate(x, i);
       if (row(i) < rows_) store(x, i);
     }
-    if constexpr (Split > 1)
-      sync_cluster_relaxed();
-    else
-      sync_group<Threads>(0);
+    sync_split_relaxed<Split, Threads>();
   }
 
  private:

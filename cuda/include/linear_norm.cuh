@@ -43,10 +43,7 @@ template <int Rows, int Columns, int Split, int Threads, typename T> class Scale
   }
   // Begins and ends with a barrier among the threads, or, with Split, of the whole cluster.
   __device__ __forceinline__ void finish(const ScaledResidual<T>& to, const float* partials) {
-    if constexpr (Split > 1)
-      sync_cluster();
-    else
-      sync_group<Threads>(0);
+    sync_split<Split, Threads>();
 #pragma unroll
     for (int i = 0; i < kRounds; ++i) {
       float squares = 0.f;
@@ -68,10 +65,7 @@ template <int Rows, int Columns, int Split, int Threads, typename T> class Scale
         squares += __shfl_xor_sync(0xffffffffu, squares, offset);
       if (column_ == 0 && row(i) < to.m) to.squares[row(i)] = squares;
     }
-    if constexpr (Split > 1)
-      sync_cluster_relaxed();
-    else
-      sync_group<Threads>(0);
+    sync_split_relaxed<Split, Threads>();
   }
 
  private:

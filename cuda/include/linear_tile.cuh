@@ -28,6 +28,21 @@ template <int Threads> __device__ __forceinline__ void sync_group(int id) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(Threads) : "memory");
 }
 
+// Barrier of the `Threads` threads that end a tile or, where Split blocks of a cluster divide k, of the
+// cluster; and the same without a promise about memory.
+template <int Split, int Threads> __device__ __forceinline__ void sync_split() {
+  if constexpr (Split > 1)
+    sync_cluster();
+  else
+    sync_group<Threads>(0);
+}
+template <int Split, int Threads> __device__ __forceinline__ void sync_split_relaxed() {
+  if constexpr (Split > 1)
+    sync_cluster_relaxed();
+  else
+    sync_group<Threads>(0);
+}
+
 template <typename T> struct Pair;
 template <> struct Pair<__nv_bfloat16> {
   using type = __nv_bfloat162;

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import grpc
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.service.stub_server import STUB, Served, answers, engines, frontends, serving
 from tests.service.test_load_unload import (
@@ -101,15 +100,31 @@ def load_of(model: Path, name: str) -> admin_pb2.LoadModelRequest:
 
 
 def starting(
-    model: Path, lines: list[str], frontends: int, port: int = 0, **settings: str
+    model: Path,
+    lines: list[str],
+    frontends: int,
+    port: int = 0,
+    *,
+    before: Path | None = None,
+    **settings: str | float,
 ) -> asyncio.Task[int]:
-    """A server that starts with this model."""
+    """A server that starts with this model, `held`, and with another one, `other`, before it."""
     config = ServerConfig(port=port, admin_port=0, metrics=False, frontends=frontends, **settings)
-    template = EngineConfig(model=model, served_model_name="held", num_kv_blocks=64)
+    models = {"held": model} if before is None else {"other": before, "held": model}
+    templates = [
+        EngineConfig(model=folder, served_model_name=name, num_kv_blocks=64)
+        for name, folder in models.items()
+    ]
     command = (sys.executable, str(STUB))
     return asyncio.create_task(
-        serve(config, [template], template, version="test", say=lines.append, command=command)
+        serve(config, templates, templates[-1], version="test", say=lines.append, command=command)
     )
+
+
+async def until_listening(lines: list[str]) -> None:
+    async with asyncio.timeout(20):
+        while not any(line.startswith("listening on ") for line in lines):
+            await asyncio.sleep(0.02)
 
 
 def free_port() -> int:
@@ -293,33 +308,17 @@ async def test_a_model_whose_engine_is_lost_before_it_serves_holds_up_no_other(
 ) -> None:
     (tmp_path / "second").mkdir()
     other = copy_model(tmp_path / "second")
-    templates = [
-        EngineConfig(model=folder, served_model_name=name, num_kv_blocks=64)
-        for folder, name in ((other, "other"), (model, "held"))
-    ]
-    config = ServerConfig(
-        port=0, admin_port=0, metrics=False, frontends=frontends, restart_backoff=60.0
-    )
-    command = (sys.executable, str(STUB))
     lines: list[str] = []
-    task = asyncio.create_task(
-        serve(config, templates, templates[0], version="test", say=lines.append, command=command)
-    )
+    task = starting(model, lines, frontends, before=other, restart_backoff=60.0)
     await until_engines(2)
     await asyncio.sleep(0.7)
     engines()[1].kill()
     await until_engines(1)
     (model / HOLD).unlink()
-    async with asyncio.timeout(20):
-        while not any(line.startswith("listening on ") for line in lines):
-            await asyncio.sleep(0.02)
-        target = Served(task, lines).target
-        await answers(target, "other")
-        async with grpc.aio.insecure_channel(target) as channel:
-            health = health_pb2_grpc.HealthStub(channel)
-            request = health_pb2.HealthCheckRequest()
-            while (await health.Check(request)).status != health_pb2.HealthCheckResponse.SERVING:
-                await asyncio.sleep(0.05)
+    await until_listening(lines)
+    served = Served(task, lines)
+    await answers(served.target, "other")
+    await served.until_health(True)
     os.kill(os.getpid(), signal.SIGTERM)
     assert await task == 0
 
@@ -334,9 +333,7 @@ async def test_an_engine_loads_while_the_frontends_start(
     task = starting(model, lines, frontends=2)
     await until_engines(1)
     (model / HOLD).unlink()
-    async with asyncio.timeout(20):
-        while not any(line.startswith("listening on ") for line in lines):
-            await asyncio.sleep(0.02)
+    await until_listening(lines)
     await answers(Served(task, lines).target, "held")
     os.kill(os.getpid(), signal.SIGTERM)
     assert await task == 0
