@@ -3,6 +3,7 @@
 // and the copies need synchronizing.
 #pragma once
 #include "async_copy.cuh"
+#include "kv_layout.cuh"
 
 #if __CUDA_ARCH__ >= 900 && !defined(FORCE_CP_ASYNC)
 #define BLOCK_RING_BULK 1
@@ -34,17 +35,29 @@ template <int Warps, int Stages, int RunBytes> class BlockRing {
   // Blocks fetched from now on are the first to leave the L2.
   __device__ void spare_l2() { policy_ = kEvictFirst; }
 
-  // Starts the copy of a block's runs into the next stage to fill. Every lane has read what that
-  // stage held.
-  __device__ void fetch(const u8* keys, const u8* values) {
+  // Starts the copy of the first `rows` rows of a block's runs, or more, into the next stage to
+  // fill. Every lane has read what that stage held.
+  __device__ void fetch(const u8* keys, const u8* values, int rows) {
     const u32 stage = data_ + fill_ * 2 * RunBytes;
 #if BLOCK_RING_BULK
+    constexpr int kRowBytes = RunBytes / kv_layout::kBlockTokens;
+    const u32 barrier = barriers_ + fill_ * 8;
     __syncwarp();
-    if (lane() == 0) {
-      const u32 barrier = barriers_ + fill_ * 8;
-      barrier_expect(barrier, 2 * RunBytes);
-      bulk_copy(stage, keys, RunBytes, barrier, policy_);
-      bulk_copy(stage + RunBytes, values, RunBytes, barrier, policy_);
+    if (lane() == 0) barrier_expect(barrier, 2 * rows * kRowBytes);
+    if (rows == kv_layout::kBlockTokens) {
+      if (lane() == 0) {
+        bulk_copy(stage, keys, RunBytes, barrier, policy_);
+        bulk_copy(stage + RunBytes, values, RunBytes, barrier, policy_);
+      }
+    } else {
+      constexpr int kColumns = kv_layout::num_columns<kRowBytes>();
+      if (lane() < 2 * kColumns) {
+        const int column = lane() % kColumns;
+        const int offset = kv_layout::column_offset<kRowBytes>(column);
+        bulk_copy(stage + (lane() < kColumns ? 0 : RunBytes) + offset,
+                  (lane() < kColumns ? keys : values) + offset,
+                  rows * kv_layout::column_width<kRowBytes>(column), barrier, policy_);
+      }
     }
 #else
     __syncwarp();

@@ -35,4 +35,19 @@ template <int RowBytes> __host__ __device__ __forceinline__ constexpr int offset
 
 template <int RowBytes> constexpr int run_bytes() { return kBlockTokens * RowBytes; }
 
+// The columns of a run. The first rows of one are its first bytes, whatever the permutation.
+template <int RowBytes> constexpr int num_columns() {
+  return RowBytes / 128 + RowBytes / 64 % 2 + RowBytes / 32 % 2;
+}
+// Bytes of a row in column `column`.
+template <int RowBytes> __device__ __forceinline__ int column_width(int column) {
+  if (column < RowBytes / 128) return 128;
+  return RowBytes / 64 % 2 == 1 && column == RowBytes / 128 ? 64 : 32;
+}
+// Where column `column` begins.
+template <int RowBytes> __device__ __forceinline__ int column_offset(int column) {
+  constexpr int kWide = RowBytes / 128;
+  return kBlockTokens * (min(column, kWide) * 128 + (column > kWide ? 64 : 0));
+}
+
 }  // namespace kv_layout

@@ -118,7 +118,8 @@ struct Fetcher {
     if (block >= table_base + 32 * kWarps) load_table(table, table_stride);
     const int id = __shfl_sync(0xffffffffu, entry, (block - table_base) / kWarps);
     const i64 offset = id * block_bytes + walk.head * kRunBytes;
-    ring.fetch(keys + offset, values + offset);
+    ring.fetch(keys + offset, values + offset,
+               min(walk.tokens - block * kBlockTokens, kBlockTokens));
     block += kWarps;
   }
 };

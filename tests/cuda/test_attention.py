@@ -253,6 +253,25 @@ def test_decodes_alone_need_no_prefill_kernel(library: KernelLibrary) -> None:
     case.check(case.run(attention, work))
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "kv_dtype"),
+    [*((size, BF16) for size in (64, 96, 128, 256)), *((size, FP8) for size in (64, 128, 256))],
+)
+def test_last_blocks_of_any_length(
+    library: KernelLibrary, head_dim: int, kv_dtype: torch.dtype
+) -> None:
+    # Of a block that is not full, no more need come than its tokens: behind them, shared memory
+    # keeps what another step left there.
+    other = make_case([(1, 2047)] * 64, head_dim=head_dim, kv_dtype=kv_dtype)
+    for cache in (other.keys, other.values):
+        cache.view(torch.uint8).fill_(0xFF)  # NaN in each of the dtypes
+    case = make_case([(1, n) for n in range(80)], head_dim=head_dim, kv_dtype=kv_dtype)
+    attention = attention_for(library, case)
+    for _ in range(3):
+        assert other.run(attention, other.plan(attention))[: other.tokens].isnan().all()
+        case.check(case.run(attention, case.plan(attention)))
+
+
 def test_one_long_sequence_beside_short_ones(library: KernelLibrary) -> None:
     case = make_case([(1, 100)] * 5 + [(1, 40_000)] + [(1, 7)] * 20, kv_heads=8, heads=32)
     attention = attention_for(library, case)
