@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -36,7 +37,7 @@ from zllm.clients.results import (
     read_timing,
     read_usage,
 )
-from zllm.clients.service_config import MAX_ATTEMPTS, channel_options
+from zllm.clients.service_config import MAX_ATTEMPTS, Options, channel_options
 from zllm.errors import ZllmError
 from zllm.v1 import generation_pb2_grpc, models_pb2, models_pb2_grpc
 
@@ -101,9 +102,37 @@ class AsyncStream:
         self.cancel()
 
 
+@dataclass(frozen=True, slots=True)
+class _Connection:
+    loop: asyncio.AbstractEventLoop
+    channel: grpc.aio.Channel
+    generation: generation_pb2_grpc.GenerationServiceStub
+    models: models_pb2_grpc.ModelServiceStub
+
+    @classmethod
+    def make(
+        cls,
+        loop: asyncio.AbstractEventLoop,
+        target: str,
+        credentials: grpc.ChannelCredentials | None,
+        options: Options,
+    ) -> _Connection:
+        if credentials is None:
+            channel = grpc.aio.insecure_channel(target, options=options)
+        else:
+            channel = grpc.aio.secure_channel(target, credentials, options=options)
+        return cls(
+            loop,
+            channel,
+            generation_pb2_grpc.GenerationServiceStub(channel),
+            models_pb2_grpc.ModelServiceStub(channel),
+        )
+
+
 class AsyncClient:
-    """Talks to one server, from the event loop in which it is made. Errors are those of
-    zllm.errors, or TimeoutError."""
+    """Talks to one server. It may be made anywhere, and connects from the event loop that uses it;
+    another loop, after that one, connects anew. Errors are those of zllm.errors, or
+    TimeoutError."""
 
     def __init__(
         self,
@@ -113,33 +142,28 @@ class AsyncClient:
         api_key: str = "",
         tls: Tls | None = None,
     ) -> None:
-        options = channel_options(target, attempts)
+        self._target = target
+        self._options = channel_options(target, attempts)
+        self._credentials = None if tls is None else tls.credentials()
         self._metadata = key_metadata(api_key)
-        if tls is None:
-            self._channel = grpc.aio.insecure_channel(target, options=options)
-        else:
-            self._channel = grpc.aio.secure_channel(target, tls.credentials(), options=options)
+        self._connection: _Connection | None = None
         self._closed = False
-        self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
-        self._models = models_pb2_grpc.ModelServiceStub(self._channel)
 
     async def generate(
         self, prompt: Prompt, *, timeout: float | None = None, **options: Any
     ) -> Completion:
         """One whole answer to text, token ids or chat messages; see build_request for options."""
         request = build_request(prompt, **options)
-        return read_completion(await self._call(self._generation.Generate, request, timeout))
+        generate = self._connected().generation.Generate
+        return read_completion(await self._call(generate, request, timeout))
 
     def stream(
         self, prompt: Prompt, *, timeout: float | None = None, **options: Any
     ) -> AsyncStream:
         """The same, as it comes."""
         request = build_request(prompt, **options)
-        self._require_open()
-        call = self._generation.StreamGenerate(
-            request, timeout=deadline(timeout), metadata=self._metadata
-        )
-        return AsyncStream(call)
+        stream = self._connected().generation.StreamGenerate
+        return AsyncStream(stream(request, timeout=deadline(timeout), metadata=self._metadata))
 
     def chat(
         self, messages: str | Sequence[Message], *, timeout: float | None = None, **options: Any
@@ -150,7 +174,8 @@ class AsyncClient:
         return self.stream(turns, timeout=timeout, **options)
 
     async def models(self, *, timeout: float | None = None) -> list[ModelInfo]:
-        answer = await self._call(self._models.ListModels, models_pb2.ListModelsRequest(), timeout)
+        list_models = self._connected().models.ListModels
+        answer = await self._call(list_models, models_pb2.ListModelsRequest(), timeout)
         return [read_model(model) for model in answer.models]
 
     async def tokenize(
@@ -162,7 +187,7 @@ class AsyncClient:
         timeout: float | None = None,
     ) -> list[int]:
         request = tokenize_request(text, model, add_special_tokens)
-        return list((await self._call(self._models.Tokenize, request, timeout)).ids)
+        return list((await self._call(self._connected().models.Tokenize, request, timeout)).ids)
 
     async def detokenize(
         self,
@@ -173,28 +198,37 @@ class AsyncClient:
         timeout: float | None = None,
     ) -> str:
         request = detokenize_request(ids, model, skip_special_tokens)
-        return str((await self._call(self._models.Detokenize, request, timeout)).text)
+        return str((await self._call(self._connected().models.Detokenize, request, timeout)).text)
 
     async def wait_ready(self, timeout: float) -> None:
         """Until a connection stands. Raises TimeoutError."""
-        self._require_open()
+        channel = self._connected().channel
         try:
             async with asyncio.timeout(deadline(timeout)):
-                await self._channel.channel_ready()
+                await channel.channel_ready()
         except TimeoutError:
             raise TimeoutError(f"no server answered within {timeout:g} s") from None
 
     async def close(self) -> None:
         """Ends every call that runs; a later one is a ZllmError."""
         self._closed = True
-        await self._channel.close()
+        connection, self._connection = self._connection, None
+        # One of a loop that has ended went with it.
+        if connection is not None and connection.loop is asyncio.get_running_loop():
+            await connection.channel.close()
 
-    def _require_open(self) -> None:
+    def _connected(self) -> _Connection:
+        """The running loop's connection: a channel is good for the loop that it was made in."""
         if self._closed:
             raise ZllmError("the client is closed: make a new one")
+        loop = asyncio.get_running_loop()
+        if self._connection is None or self._connection.loop is not loop:
+            self._connection = _Connection.make(
+                loop, self._target, self._credentials, self._options
+            )
+        return self._connection
 
     async def _call(self, method: Any, request: object, timeout: float | None) -> Any:
-        self._require_open()
         try:
             return await method(request, timeout=deadline(timeout), metadata=self._metadata)
         except grpc.RpcError as failure:

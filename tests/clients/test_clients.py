@@ -174,6 +174,23 @@ async def test_a_closed_asyncio_client_says_so() -> None:
         await client.wait_ready(1)
 
 
+async def test_an_asyncio_client_goes_with_the_loop_that_uses_it() -> None:
+    """Made where no loop runs, and used by one `asyncio.run` after the other."""
+    async with running() as server:
+        client = await asyncio.to_thread(AsyncClient, server.target, attempts=1)
+
+        async def answer() -> str:
+            streamed = [delta.text async for delta in client.stream("abc", max_tokens=3)]
+            assert "".join(streamed) == (await client.generate("abc", max_tokens=3)).text
+            return "".join(streamed)
+
+        for _ in range(2):
+            assert await asyncio.to_thread(asyncio.run, answer()) == "abc"
+        await client.close()
+        with pytest.raises(ZllmError, match="closed"):
+            await asyncio.to_thread(asyncio.run, answer())
+
+
 async def test_closing_the_client_fails_a_call_and_does_not_cancel_who_waits_for_it() -> None:
     async with running(StubEngine(step_s=0.1)) as server:
         client = AsyncClient(server.target, attempts=1)
