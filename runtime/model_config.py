@@ -30,6 +30,18 @@ _UNSUPPORTED = {
     "typical_p": 1.0,
     "epsilon_cutoff": 0.0,
     "eta_cutoff": 0.0,
+    "top_h": None,
+    "num_beams": 1,
+    "penalty_alpha": None,
+    "dola_layers": None,
+    "guidance_scale": 1.0,
+    "exponential_decay_length_penalty": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "stop_strings": None,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "max_new_tokens": None,
 }
 """Of generation_config.json: what changes the tokens, and the value that does not."""
 
@@ -74,7 +86,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
     ignored: tuple[str, ...] = ()
-    """What generation_config.json asks for and nothing here does."""
+    """What the two files ask for and nothing here does, each with its file."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -109,9 +121,7 @@ class ModelConfig:
 
     def notes(self) -> list[str]:
         """Lines for the operator: where answers may differ from what the checkpoint asks for."""
-        return [
-            f"generation_config.json: {what} is not supported, and ignored" for what in self.ignored
-        ]
+        return [f"{what} is not supported, and ignored" for what in self.ignored]
 
     def context_length(self, max_model_len: int | None) -> int:
         """Tokens of the longest request where memory allows it. Raises ConfigError."""
@@ -191,11 +201,7 @@ class ModelConfig:
             dtype=_dtype(raw),
             eos_token_ids=_end_tokens(generation, raw),
             sampling=_sampling_defaults(generation),
-            ignored=tuple(
-                f"{name} {generation[name]!r}"
-                for name, neutral in _UNSUPPORTED.items()
-                if generation.get(name) not in (None, neutral)
-            ),
+            ignored=(*_ignored_rope(raw), *_ignored_generation(generation)),
         )
 
 
@@ -275,6 +281,14 @@ def _is_id(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
 
 
+def _ignored_generation(generation: dict[str, Any]) -> list[str]:
+    return [
+        f"generation_config.json: {name} {generation[name]!r}"
+        for name, neutral in _UNSUPPORTED.items()
+        if generation.get(name) not in (None, neutral)
+    ]
+
+
 def _end_tokens(generation: dict[str, Any], raw: dict[str, Any]) -> tuple[int, ...]:
     """One id, a list of ids, or nothing; null in the first file is nothing said."""
     value = generation.get("eos_token_id")
@@ -302,7 +316,7 @@ def _dtype(raw: dict[str, Any]) -> torch.dtype:
 
 def _rope(raw: dict[str, Any]) -> RopeConfig:
     """`rope_parameters` (transformers 5), or `rope_theta` with `rope_scaling` before it."""
-    given = {name: raw[name] for name in ("rope_parameters", "rope_scaling") if raw.get(name)}
+    given = _given_rope(raw)
     for name, parameters in given.items():
         if not isinstance(parameters, dict) or any(
             isinstance(value, dict) for value in parameters.values()
@@ -322,3 +336,17 @@ def _rope(raw: dict[str, Any]) -> RopeConfig:
     if not _is_number(theta) or not theta > 0.0:
         raise ModelLoadError(f"config.json: rope_theta is {theta!r}: it must be a number above 0")
     return RopeConfig(theta=float(theta))
+
+
+def _given_rope(raw: dict[str, Any]) -> dict[str, Any]:
+    return {name: raw[name] for name in ("rope_parameters", "rope_scaling") if raw.get(name)}
+
+
+def _ignored_rope(raw: dict[str, Any]) -> list[str]:
+    """What the default type, or none, makes nothing of: a factor that lacks its type, say."""
+    return [
+        f"config.json: {name}.{key} {value!r} without a rope_type that has it"
+        for name, parameters in _given_rope(raw).items()
+        for key, value in parameters.items()
+        if key not in ("rope_theta", "rope_type", "type")
+    ]

@@ -127,7 +127,22 @@ def test_a_top_k_of_minus_1_is_all():
 def test_what_the_checkpoint_asks_for_in_vain_is_noted():
     generation = {"repetition_penalty": 1.05, "no_repeat_ngram_size": 0, "typical_p": 1.0}
     (note,) = read(generation).notes()
-    assert "repetition_penalty 1.05" in note
+    assert note.startswith("generation_config.json: repetition_penalty 1.05 is not supported")
+    assert not read({"num_beams": 1, "min_length": 0, "max_new_tokens": None}).notes()
+    assert [note.split()[1] for note in read({"num_beams": 4, "max_new_tokens": 512}).notes()] == [
+        "num_beams",
+        "max_new_tokens",
+    ]
+
+
+@pytest.mark.parametrize("kind", [{}, {"rope_type": "default"}, {"type": "default"}])
+def test_a_rope_factor_that_lacks_its_type_is_noted(kind):
+    """transformers takes it as no scaling, too, with a warning."""
+    config = read(rope_scaling={"factor": 4.0, "rope_theta": 5e6, **kind})
+    (note,) = config.notes()
+    assert config.rope.theta == 5e6
+    assert note.startswith("config.json: rope_scaling.factor 4.0 without a rope_type")
+    assert not read(rope_scaling={"rope_theta": 5e6, **kind}).notes()
 
 
 def test_without_generation_config_the_models_own_end_token_counts():
