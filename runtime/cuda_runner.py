@@ -74,7 +74,7 @@ class CudaRunner:
         self.device = torch.device("cuda", kernels.device)
         taken_before = memory_taken(self.device)
         folder = resolve_model(config.model)
-        model_config = ModelConfig.from_folder(folder)
+        self.model_config = model_config = ModelConfig.from_folder(folder)
         self._shape = shape = StepShape.of(config, model_config)
         self.max_num_batched_tokens = shape.max_tokens
         compile_kernels(kernels, model_config, shape)

@@ -63,6 +63,8 @@ class Engine:
             max_queued_tokens=config.max_queued_tokens,
         )
         self.runner.allocate_arenas(self.scheduler.arena_words)
+        # Made once: the folder may be another by the time that somebody asks.
+        self._card = _card(self.runner.model_config)
         self._in_flight: _Step | None = None
         self._broken = False
         self._refused: list[RequestRefused] = []
@@ -78,7 +80,7 @@ class Engine:
             max_num_batched_tokens=self.runner.max_num_batched_tokens,
             num_kv_blocks=self.runner.num_kv_blocks - 1,  # one is nobody's
             startup_report=self.runner.report,
-            card=_card(ModelConfig.from_folder(self.config.model)),
+            card=self._card,
             gpu=self.runner.gpu,
         )
 

@@ -12,6 +12,7 @@ from zllm.errors import ConfigError, InvariantError
 from zllm.native.step_objects import Plan
 from zllm.runtime.config import EngineConfig
 from zllm.runtime.messages import TokenLogprobs
+from zllm.runtime.model_config import ModelConfig
 
 Ticket = Any
 """A launched step, opaque to everyone but the runner that launched it."""
@@ -51,6 +52,7 @@ class StepResult(NamedTuple):
 class ModelRunner(Protocol):
     """One model on one device."""
 
+    model_config: ModelConfig
     max_model_len: int
     max_num_batched_tokens: int
     num_kv_blocks: int

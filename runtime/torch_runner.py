@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from zllm.errors import ConfigError
 from zllm.native import arena as layout
 from zllm.native.step_objects import Plan
 from zllm.runtime.config import BLOCK_SIZE, EngineConfig
+from zllm.runtime.host_memory import available_memory
 from zllm.runtime.hub import resolve_model
 from zllm.runtime.kv_cache import (
     KVCache,
@@ -46,7 +46,7 @@ class TorchRunner:
     def __init__(self, config: EngineConfig) -> None:
         self.device = torch.device("cpu")
         folder = resolve_model(config.model)
-        model_config = ModelConfig.from_folder(folder)
+        self.model_config = model_config = ModelConfig.from_folder(folder)
         model = model_class(model_config)
         # Half precision is slower on most CPUs, so the checkpoint's own type is no reason for it.
         self.dtype = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
@@ -190,7 +190,7 @@ def _pool(config: EngineConfig, model: ModelConfig, per_block: int) -> tuple[int
         # Blocks that requests may use; a request longer than the pool is refused on its own.
         return config.num_kv_blocks + 1, wanted_len
     share = _POOL_SHARE * (config.memory_share or 1.0)
-    affordable = int(_available_memory() * share) // per_block
+    affordable = int(available_memory() * share) // per_block
     if config.max_model_len is None:
         wanted_len = min(wanted_len, affordable * BLOCK_SIZE)
     needed = -(-wanted_len // BLOCK_SIZE)
@@ -200,16 +200,3 @@ def _pool(config: EngineConfig, model: ModelConfig, per_block: int) -> tuple[int
             f"{wanted_len} tokens needs {needed}: lower max_model_len"
         )
     return min(needed * config.max_num_seqs, affordable) + 1, wanted_len
-
-
-def _available_memory() -> int:
-    """Bytes that could be had without swapping."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    # Not Linux: half of what is installed.
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import shutil
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -51,6 +54,18 @@ def run(engine: Engine) -> dict[int, tuple[list[int], int]]:
             so_far, _ = found.get(request_id, ([], 0))
             found[request_id] = (so_far + [token] * (token >= 0), finish)
     return found
+
+
+def test_what_it_serves_is_what_it_loaded_whatever_becomes_of_the_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(EMBEDDED_MODEL, folder)
+    engine = Engine(EngineConfig(model=folder, device="cpu", num_kv_blocks=64))
+    before = engine.ready()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 2000}))
+    assert engine.ready() == before
+    shutil.rmtree(folder)
+    assert engine.ready() == before
 
 
 def test_steps_and_times_between_tokens_are_counted(engine: Engine) -> None:

@@ -61,7 +61,7 @@ def test_what_others_left_bounds_a_share(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_share_of_a_cpus_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_runner, "_available_memory", lambda: 64 * 1024**2)
+    monkeypatch.setattr(torch_runner, "available_memory", lambda: 64 * 1024**2)
 
     def blocks(share: float | None) -> int:
         config = EngineConfig(model=EMBEDDED_MODEL, memory_share=share, max_num_seqs=4096)
