@@ -91,7 +91,10 @@ def main(descriptor: int) -> None:
     # Not every kernel can limit the address space; the deadline holds everywhere.
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ^C is for the parent
+    # Those that reach every process of a group are for the parent, which may have work to end: the
+    # pipe's end ends this one.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     made = environment()
     templates: dict[str, jinja2.Template] = {}
 

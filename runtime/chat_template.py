@@ -94,20 +94,30 @@ class ChatTemplate:
 
     def _ask(self, job: bytes) -> dict[str, str]:
         with self._lock:
-            if self._renderer is None:
-                self._renderer = _Renderer()
-            try:
-                return self._renderer.ask(job)
-            except (EOFError, OSError):
-                code = self._renderer.close()
-                self._renderer = None
-            except BaseException:  # an answer left in the pipe would be the next job's
-                self._renderer.close()
-                self._renderer = None
-                raise
+            answer, code = self._ask_once(job)
+            # One that was killed from without is no fault of the template: another one may answer.
+            if answer is None and code != -SIGALRM:
+                answer, code = self._ask_once(job)
+        if answer is not None:
+            return answer
         if code == -SIGALRM:
             return {"error": f"it took more than {self._max_seconds:g} s"}
-        return {"error": f"its process ended with code {code}"}
+        return {"error": f"its process ended with code {code}, and another one, too"}
+
+    def _ask_once(self, job: bytes) -> tuple[dict[str, str] | None, int]:
+        """The answer, or None and the code with which the child process ended."""
+        if self._renderer is None:
+            self._renderer = _Renderer()
+        try:
+            return self._renderer.ask(job), 0
+        except (EOFError, OSError):
+            code = self._renderer.close()
+            self._renderer = None
+            return None, code
+        except BaseException:  # an answer left in the pipe would be the next job's
+            self._renderer.close()
+            self._renderer = None
+            raise
 
     def close(self) -> None:
         """Ends the child process; a later render starts another."""

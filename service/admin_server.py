@@ -16,7 +16,7 @@ class AdminServer:
     def __init__(self, config: ServerConfig, service: AdminService) -> None:
         self._config = config
         descriptor = admin_pb2.DESCRIPTOR.services_by_name["AdminService"]
-        self._listener = make_listener(config, [(descriptor, service)])
+        self._listener = make_listener(config, config.admin_host, [(descriptor, service)])
         self.port = 0
 
     async def start(self) -> None:

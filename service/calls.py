@@ -30,6 +30,8 @@ class Call:
     metadata: Mapping[str, str | bytes] = field(default_factory=dict)
     observers: Sequence[Observer] = ()
     began: float = field(default_factory=time.monotonic)
+    time_limit: float | None = None
+    """The client's."""
     ended: float = 0.0
     code: grpc.StatusCode = grpc.StatusCode.OK
     error: ZllmError | None = None

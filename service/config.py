@@ -142,9 +142,9 @@ class ServerConfig:
                 "TLS: give --insecure where the network is trusted"
             )
 
-    @property
-    def shows_reflection(self) -> bool:
-        return is_loopback(self.host) if self.reflection is None else self.reflection
+    def shows_reflection(self, host: str) -> bool:
+        """Whether a listener on `host` answers it."""
+        return is_loopback(host) if self.reflection is None else self.reflection
 
 
 def is_loopback(host: str) -> bool:

@@ -4,6 +4,7 @@ task or future a message."""
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 from collections.abc import Callable
 
@@ -11,6 +12,15 @@ from zllm.runtime.frames import Frames
 
 RETRY_S = 0.02
 """Between two looks whether the engine listens."""
+_PASSING = {
+    errno.ENOENT,  # not bound yet
+    errno.ECONNREFUSED,  # not listening yet
+    errno.EAGAIN,  # too many at once
+    errno.EMFILE,  # others of this process, or of all, have the descriptors and the memory
+    errno.ENFILE,
+    errno.ENOBUFS,
+    errno.ENOMEM,
+}
 
 
 class EngineSocket:
@@ -60,13 +70,11 @@ class EngineSocket:
             frames.close()
 
     def _connect(self) -> None:
-        connecting = socket.socket(socket.AF_UNIX)
-        connecting.setblocking(False)
         try:
-            connecting.connect(self._path)
-        except (FileNotFoundError, ConnectionRefusedError, BlockingIOError):
-            # Not bound yet, not listening yet, too many at once.
-            connecting.close()
+            connecting = _connected(self._path)
+        except OSError as error:
+            if error.errno not in _PASSING:
+                raise
             self._retry = self._loop.call_later(RETRY_S, self._connect)
             return
         self._frames = Frames(connecting)
@@ -98,3 +106,15 @@ class EngineSocket:
         if not frames.waiting:
             self._writing = False
             self._loop.remove_writer(frames.fileno())
+
+
+def _connected(path: str) -> socket.socket:
+    """Raises OSError, and leaves nothing then."""
+    connecting = socket.socket(socket.AF_UNIX)
+    try:
+        connecting.setblocking(False)
+        connecting.connect(path)
+    except BaseException:
+        connecting.close()
+        raise
+    return connecting

@@ -119,7 +119,7 @@ class Frontend:
         try:
             async with asyncio.timeout(CONNECT_S):
                 ready = await engine.connect()
-        except (ConfigError, TimeoutError) as error:
+        except (ConfigError, OSError) as error:  # TimeoutError is one
             self._engines.pop(name, None)
             self._server.await_no_more(name)
             await engine.close()

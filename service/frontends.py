@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import shutil
 import socket
 import tempfile
@@ -65,7 +66,7 @@ class Frontends:
         self._held: socket.socket | None = None
         self._draining = False
         # Counted by all, read by one: a frontend's counts outlive it.
-        self._counts = tempfile.mkdtemp(prefix="zllm-metrics-")
+        self._counts = _folder_in_memory()
         self.registry = CollectorRegistry()
         MultiProcessCollector(self.registry, path=self._counts)  # type: ignore[no-untyped-call]
         self.registry.register(EngineMetrics(lambda: self.models))
@@ -244,3 +245,11 @@ async def _answers(calls: Iterable[Awaitable[Answer]]) -> list[Answer]:
         if isinstance(answer, BaseException) and not isinstance(answer, Unavailable):
             raise answer
     return [answer for answer in answers if isinstance(answer, Answer)]
+
+
+def _folder_in_memory() -> str:
+    """For files that are written through mmap: where a disk is full, that is a SIGBUS."""
+    memory = "/dev/shm"
+    return tempfile.mkdtemp(
+        prefix="zllm-metrics-", dir=memory if os.access(memory, os.W_OK) else None
+    )

@@ -28,13 +28,15 @@ LAST_WRITES_S = 0.5
 
 def make_listener(
     config: ServerConfig,
+    host: str,
     services: Sequence[tuple[ServiceDescriptor, object]],
     keys: ApiKeys | None = None,
     observers: Sequence[Observer] = (),
     *,
     shares_port: bool = False,
 ) -> grpc.aio.Server:
-    """A server with these services that does not listen yet. `observers` hear of users' calls."""
+    """A server with these services that will listen on `host`, and does not yet. `observers` hear
+    of users' calls."""
     server = grpc.aio.server(options=_options(config, shares_port=shares_port))
     let_it_wait()
     for descriptor, servicer in services:
@@ -42,7 +44,7 @@ def make_listener(
             add_service(server, descriptor, servicer, keys, observers)
         else:
             add_service(server, descriptor, servicer)
-    if config.shows_reflection:
+    if config.shows_reflection(host):
         names = [descriptor.full_name for descriptor, _ in services]
         reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], server)
     return server

@@ -76,6 +76,7 @@ class Server:
         ]
         self._listener = make_listener(
             config,
+            config.host,
             services,
             keys,
             [self.metrics, *observers],

@@ -76,7 +76,7 @@ class EngineProcess:
         try:
             self._process = process = await self._spawn()
             report = await self._first_word(process, load_timeout)
-        except (ConfigError, asyncio.CancelledError):
+        except BaseException:
             await self.stop()
             raise
         if not self._keep_socket:

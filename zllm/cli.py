@@ -6,6 +6,7 @@ import argparse
 import io
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -95,6 +96,7 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _serve(arguments: argparse.Namespace) -> int:
+    _end_at_a_signal()
     from zllm.flags import build, merge
     from zllm.model_arguments import engine_configs
     from zllm.runtime.config import EngineConfig
@@ -111,6 +113,18 @@ def _serve(arguments: argparse.Namespace) -> int:
     models = engine_configs(settings.pop("model", []), settings)
     template = build(EngineConfig, settings, model=EMBEDDED_MODEL)
     return serve.run(server, models, template, version=zllm.__version__)
+
+
+def _end_at_a_signal() -> None:
+    """Until the server has handlers that end what it has started: a container's first process gets
+    no signal that it does not ask for, and a model may be fetched for minutes."""
+
+    def end(*_: object) -> None:
+        os._exit(0)
+
+    signal.signal(signal.SIGTERM, end)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, end)
 
 
 def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

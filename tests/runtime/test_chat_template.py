@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +44,29 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
     "ends with the assistant": [USER, ANSWER],
     "thinks as a field": [USER, {**ANSWER, "content": "19", "reasoning_content": "Hm."}, USER],
 }  # fmt: skip
+
+
+def _child_of(template: ChatTemplate) -> int:
+    assert template._renderer is not None
+    return template._renderer._process.pid
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_to_the_whole_group_ends_no_renderer(number: signal.Signals) -> None:
+    """A service manager's reaches every process, and what runs is still to be answered."""
+    with closing(ChatTemplate("{{ messages[0].content }}")) as template:
+        assert template.render([USER]) == USER["content"]
+        child = _child_of(template)
+        os.kill(child, number)
+        assert template.render([USER]) == USER["content"]
+        assert _child_of(template) == child
+
+
+def test_a_renderer_that_is_killed_costs_no_request() -> None:
+    with closing(ChatTemplate("{{ messages[0].content }}")) as template:
+        template.render([USER])
+        os.kill(_child_of(template), signal.SIGKILL)
+        assert template.render([USER]) == USER["content"]
 
 
 @pytest.fixture(scope="module")

@@ -33,6 +33,7 @@ class Harness:
     client: AsyncClient
     channel: grpc.aio.Channel
     admin: admin_pb2_grpc.AdminServiceStub
+    admin_port: int
 
     @property
     def target(self) -> str:
@@ -96,7 +97,7 @@ async def running(
         stack.push_async_callback(channel.close)
         async with AsyncClient(f"127.0.0.1:{server.port}", attempts=1) as aio_client:
             admin = admin_pb2_grpc.AdminServiceStub(admin_channel)
-            yield Harness(engine, client, server, aio_client, channel, admin)
+            yield Harness(engine, client, server, aio_client, channel, admin, admin_server.port)
 
 
 async def _end(thread: EngineThread, client: EngineClient) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.runtime.framed import Framed, Listening
+from zllm.service import engine_socket
 from zllm.service.engine_socket import EngineSocket
 
 
@@ -65,6 +67,36 @@ async def test_it_connects_once_the_engine_listens_and_says_what_waited(tmp_path
     await heard.until(1)
     socket.close()
     engine.close()
+
+
+async def test_it_tries_again_where_descriptors_run_out_for_a_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, connect, tries = str(tmp_path / "engine.sock"), engine_socket._connected, []
+
+    def scarce(path: str) -> object:
+        tries.append(path)
+        if len(tries) <= 3:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return connect(path)
+
+    monkeypatch.setattr(engine_socket, "_connected", scarce)
+    engine, socket, heard = Listening(path), EngineSocket(path), Heard()
+    socket.open(heard)
+    async with asyncio.timeout(5):
+        framed = await asyncio.to_thread(lambda: engine.framed)
+    framed.send(b"hello")
+    await heard.until(1)
+    assert len(tries) == 4
+    socket.close()
+    engine.close()
+
+
+async def test_what_will_not_pass_is_raised_at_once(tmp_path: Path) -> None:
+    socket = EngineSocket(str(tmp_path / ("x" * 200)))
+    with pytest.raises(OSError, match="too long"):
+        socket.open(Heard())
+    socket.close()
 
 
 async def test_messages_that_wait_while_the_loop_is_busy_come_together(

@@ -102,9 +102,29 @@ async def test_reflection_is_a_flag_and_on_for_loopback(flag: bool | None, shown
     assert {"zllm.v1.GenerationService", "zllm.v1.ModelService", "grpc.health.v1.Health"} <= names
 
 
-def test_reflection_is_off_beyond_loopback() -> None:
-    assert not ServerConfig(host="0.0.0.0", insecure=True).shows_reflection
-    assert ServerConfig(host="0.0.0.0", insecure=True, reflection=True).shows_reflection
+async def _reflects(host: str, port: int) -> bool:
+    async with grpc.aio.insecure_channel(f"{host}:{port}") as channel:
+        name = reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"].full_name
+        call = channel.stream_stream(f"/{name}/ServerReflectionInfo")()
+        await call.done_writing()
+        return await call.code() is grpc.StatusCode.OK
+
+
+@pytest.mark.parametrize("flag", [None, True])
+@pytest.mark.parametrize(
+    ("host", "admin_host"), [("0.0.0.0", "127.0.0.1"), ("127.0.0.1", "0.0.0.0")]
+)
+async def test_reflection_is_each_listeners_own_and_off_beyond_loopback(
+    host: str, admin_host: str, flag: bool | None
+) -> None:
+    config = ServerConfig(
+        host=host, admin_host=admin_host, port=0, admin_port=0, insecure=True, reflection=flag
+    )
+    async with running(config=config) as server:
+        shown = [
+            await _reflects("127.0.0.1", port) for port in (server.server.port, server.admin_port)
+        ]
+    assert shown == [flag or host == "127.0.0.1", flag or admin_host == "127.0.0.1"]
 
 
 async def test_a_taken_port_is_a_config_error_that_says_what_to_do() -> None:

@@ -196,6 +196,15 @@ async def test_a_request_that_its_client_gave_up_is_no_success() -> None:
         assert (value(server, "time_to_first_token_seconds_count") or 0) >= 1
 
 
+async def test_a_deadline_is_one_though_the_client_leaves_before_the_servers_clock() -> None:
+    """gRPC rounds what a client says of its time up, to 10 ms from one second on."""
+    async with running(StubEngine(step_s=0.05)) as server:
+        calls = [server.client.generate("abc" * 40, timeout=1.001 + i / 1000) for i in range(8)]
+        for answer in await asyncio.gather(*calls, return_exceptions=True):
+            assert isinstance(answer, TimeoutError)
+        await until(server, 8, "rpc_requests_total", method=GENERATE, code="DEADLINE_EXCEEDED")
+
+
 async def test_refusals_say_why() -> None:
     async with running(StubEngine(step_s=0.02, max_running=1, max_queued=1)) as server:
         running_one = asyncio.create_task(server.client.generate("abc", max_tokens=200))

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -333,3 +334,21 @@ def test_an_unknown_architecture_is_named(tmp_path: Path) -> None:
 def test_bad_arguments_are_named() -> None:
     assert "nowhere" in fail_to_start("./nowhere/to/be/found")
     assert "max_num_seqs" in fail_to_start("--max-num-seqs", "0")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_a_model_is_fetched_ends_it_in_good_order(number: signal.Signals) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as hub:  # which takes calls and never answers
+        hub.settimeout(60)
+        url = f"http://127.0.0.1:{hub.getsockname()[1]}"
+        process = subprocess.Popen(
+            [*SERVE, "--model", "zllm/no-such-model"],
+            env={**os.environ, "HF_ENDPOINT": url, "HF_HUB_OFFLINE": "0"},
+        )
+        try:
+            hub.accept()
+            process.send_signal(number)
+            assert process.wait(20) == 0
+        finally:
+            process.kill()
+            process.wait()

@@ -110,7 +110,7 @@ def test_beyond_loopback_it_takes_tls_or_insecure(host: str) -> None:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "localhost", "::1", "[::1]"])
 def test_loopback_needs_neither(host: str) -> None:
-    assert ServerConfig(host=host, admin_host=host).shows_reflection
+    assert ServerConfig(host=host, admin_host=host).shows_reflection(host)
 
 
 def test_the_admin_listener_beyond_loopback_takes_mutual_tls_or_insecure() -> None:
