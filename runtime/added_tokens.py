@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from typing import Any
 
 import msgspec
@@ -93,6 +93,13 @@ def _is_word(char: str) -> bool:
     return char.isalnum() or category[0] == "M" or category == "Pc" or char in "\u200c\u200d"
 
 
-def added_tokens_of(file: dict[str, Any]) -> list[AddedToken]:
-    """The `added_tokens` of a parsed tokenizer.json. Raises msgspec.ValidationError."""
-    return msgspec.convert(file.get("added_tokens") or [], list[AddedToken])
+def added_tokens_of(file: dict[str, Any], special: Container[str] = ()) -> list[AddedToken]:
+    """The `added_tokens` of a parsed tokenizer.json. Raises msgspec.ValidationError.
+
+    Those whose content is in `special` are special, whatever the file says of them.
+    """
+    tokens = msgspec.convert(file.get("added_tokens") or [], list[AddedToken])
+    return [
+        msgspec.structs.replace(token, special=token.special or token.content in special)
+        for token in tokens
+    ]

@@ -17,10 +17,8 @@ import jinja2
 
 from zllm.errors import InvalidRequest, ModelLoadError
 from zllm.runtime import chat_renderer
+from zllm.runtime.special_tokens import load_special_tokens, read_object
 
-_TOKEN_NAMES = (
-    "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
-)  # fmt: skip
 _RESERVED = frozenset({"messages", "tools", "documents", "raise_exception", "strftime_now"})
 
 
@@ -167,18 +165,14 @@ def load_chat_template(folder: Path) -> ChatTemplate | None:
     `chat_template.jinja` goes before tokenizer_config.json, where it is a text or a list of named
     ones, of which `default` and `tool_use` count.
     """
-    config = _read_config(folder / "tokenizer_config.json")
+    config = read_object(folder / "tokenizer_config.json")
     sources = _sources(folder, config.get("chat_template"))
     if "default" not in sources:
         return None
-    tokens = {}
-    for name in _TOKEN_NAMES:
-        token = config.get(name)
-        content = token.get("content") if isinstance(token, dict) else token
-        if isinstance(content, str):
-            tokens[name] = content
     return ChatTemplate(
-        sources["default"], tools_source=sources.get("tool_use"), special_tokens=tokens
+        sources["default"],
+        tools_source=sources.get("tool_use"),
+        special_tokens=load_special_tokens(folder).named,
     )
 
 
@@ -203,15 +197,3 @@ def _sources(folder: Path, configured: Any) -> dict[str, str]:
             "with a name and a template each"
         )
     return sources
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelLoadError(f"{path} cannot be read: {error}") from None
-    if not isinstance(config, dict):
-        raise ModelLoadError(f"{path} holds no JSON object")
-    return config

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Container
 from typing import Any
 
 import tokenizers
@@ -16,8 +17,11 @@ _METASPACE = "\u2581"
 
 
 class HFTokenizer(Tokenizer):
-    def __init__(self, content: str) -> None:
-        """`content` is the text of tokenizer.json. Raises what `tokenizers` raises."""
+    def __init__(self, content: str, special: Container[str] = ()) -> None:
+        """`content` is the text of tokenizer.json. Raises what `tokenizers` raises.
+
+        Added tokens whose content is in `special` are special, whatever the file says.
+        """
         self._library = tokenizers.Tokenizer.from_str(content)
         self._library.no_truncation()
         self._library.no_padding()
@@ -30,8 +34,12 @@ class HFTokenizer(Tokenizer):
         added = self._library.get_added_tokens_decoder()
         for token_id, entry in added.items():
             tokens[token_id] = entry.content.encode()
-        special = frozenset(token_id for token_id, entry in added.items() if entry.special)
-        super().__init__(tokens, special)
+        special_ids = frozenset(
+            token_id
+            for token_id, entry in added.items()
+            if entry.special or entry.content in special
+        )
+        super().__init__(tokens, special_ids)
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         ids: list[int] = self._library.encode(text, add_special_tokens=add_special_tokens).ids

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Container
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -39,12 +40,15 @@ class NotByteLevelBPEError(ValueError):
 
 
 class TiktokenTokenizer(Tokenizer):
-    def __init__(self, file: dict[str, Any]) -> None:
-        """Raises NotByteLevelBPEError, or KeyError and TypeError for a malformed file."""
+    def __init__(self, file: dict[str, Any], special: Container[str] = ()) -> None:
+        """Added tokens whose content is in `special` are special, whatever the file says.
+
+        Raises NotByteLevelBPEError, or KeyError and TypeError for a malformed file.
+        """
         normal_form = _normal_form(file.get("normalizer"))
         splitting = _splitting(file["pre_tokenizer"])
         ranks = _ranks(file["model"])
-        added = added_tokens_of(file)
+        added = added_tokens_of(file, special)
         self._prefix, self._suffix = _template(file.get("post_processor"))
         self._add_prefix_space = splitting.add_prefix_space
         self._added = AddedTokens(added, _nfc if normal_form else str)

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from zllm.errors import InvalidRequest, ModelLoadError
+from zllm.runtime.special_tokens import load_special_tokens
 
 
 class Tokenizer(ABC):
@@ -66,7 +67,10 @@ class Tokenizer(ABC):
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a model folder. Raises ModelLoadError."""
+    """The tokenizer of a model folder. Raises ModelLoadError.
+
+    Special is what tokenizer.json says is, and what the files beside it name.
+    """
     # Imported here, for both classes derive from Tokenizer.
     from zllm.runtime.hf_tokenizer import HFTokenizer
     from zllm.runtime.tiktoken_tokenizer import NotByteLevelBPEError, TiktokenTokenizer
@@ -81,11 +85,12 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise ModelLoadError(f"{path} cannot be read: {error}") from None
+    special = load_special_tokens(folder).contents
     try:
         try:
-            return TiktokenTokenizer(file)
+            return TiktokenTokenizer(file, special)
         except NotByteLevelBPEError:
-            return HFTokenizer(content)
+            return HFTokenizer(content, special)
     # `tokenizers` raises bare Exceptions; a file with a missing key gives the others.
     except Exception as error:
         raise ModelLoadError(f"{path} is no tokenizer that can be used: {error}") from error
