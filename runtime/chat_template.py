@@ -162,8 +162,9 @@ def _with_integers(value: Any) -> Any:
 def load_chat_template(folder: Path) -> ChatTemplate | None:
     """The template of a model folder, or None where it has none. Raises ModelLoadError.
 
-    `chat_template.jinja` goes before tokenizer_config.json, where it is a text or a list of named
-    ones, of which `default` and `tool_use` count.
+    Of named templates, `default` and `tool_use` count. `chat_template.jinja`, which is the default,
+    and `additional_chat_templates/NAME.jinja` go before tokenizer_config.json, where it is a
+    text or a list of named ones.
     """
     config = read_object(folder / "tokenizer_config.json")
     sources = _sources(folder, config.get("chat_template"))
@@ -178,12 +179,17 @@ def load_chat_template(folder: Path) -> ChatTemplate | None:
 
 def _sources(folder: Path, configured: Any) -> dict[str, str]:
     """Templates by name."""
-    file = folder / "chat_template.jinja"
-    try:
-        if file.is_file():
-            return {"default": file.read_text(encoding="utf-8")}
-    except (OSError, ValueError) as error:
-        raise ModelLoadError(f"{file} cannot be read: {error}") from None
+    files = {"default": folder / "chat_template.jinja"}
+    files |= {file.stem: file for file in (folder / "additional_chat_templates").glob("*.jinja")}
+    texts = {}
+    for name, file in files.items():
+        try:
+            if file.is_file():
+                texts[name] = file.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise ModelLoadError(f"{file} cannot be read: {error}") from None
+    if texts:
+        return texts
     if not configured:
         return {}
     if isinstance(configured, str):

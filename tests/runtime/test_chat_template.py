@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from tests.runtime.test_tokenizer import QWEN3, needs_qwen3
@@ -262,6 +263,35 @@ def test_a_jinja_file_goes_before_the_config(tmp_path: Path) -> None:
     assert rendered(tmp_path) == "<s>file"
 
 
+def transformers_files(folder: Path, templates: dict[str, str]) -> Any:
+    """What transformers writes for named templates; its tokenizer."""
+    saved = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
+    saved.chat_template = templates
+    saved.save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("tools", [None, [WEATHER]], ids=["plain", "tools"])
+@pytest.mark.parametrize("names", [["default", "tool_use"], ["default", "rag"]], ids=str)
+def test_named_templates_may_be_files(
+    tmp_path: Path, names: list[str], tools: list[Any] | None
+) -> None:
+    templates = {name: f"{name} {{{{ tools | tojson }}}}" for name in names}
+    reference = transformers_files(tmp_path, templates)
+    assert (tmp_path / "additional_chat_templates" / f"{names[1]}.jinja").is_file()
+    expected = reference.apply_chat_template([USER], tools=tools, tokenize=False)
+    assert rendered(tmp_path, tools=tools) == expected
+
+
+def test_files_go_before_the_configs_named_templates(tmp_path: Path) -> None:
+    transformers_files(tmp_path, {"default": "file", "rag": "rag file"})
+    names = [{"name": name, "template": "config"} for name in ("default", "tool_use")]
+    write_config(tmp_path, chat_template=names, tokenizer_class="Qwen2Tokenizer")
+    reference = AutoTokenizer.from_pretrained(tmp_path)
+    expected = reference.apply_chat_template([USER], tools=[WEATHER], tokenize=False)
+    assert rendered(tmp_path, tools=[WEATHER]) == expected == "file"
+
+
 @pytest.mark.parametrize("wrong", [5, {"name": "x"}, [{"name": "default"}], ["text"], [{}]])
 def test_what_is_no_template_is_told(tmp_path: Path, wrong: object) -> None:
     write_config(tmp_path, chat_template=wrong)
@@ -269,9 +299,12 @@ def test_what_is_no_template_is_told(tmp_path: Path, wrong: object) -> None:
         load_chat_template(tmp_path)
 
 
-def test_a_template_that_is_no_text_is_named(tmp_path: Path) -> None:
-    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
-    with pytest.raises(ModelLoadError, match=r"chat_template\.jinja cannot be read"):
+@pytest.mark.parametrize("name", ["chat_template", "additional_chat_templates/tool_use"])
+def test_a_template_that_is_no_text_is_named(tmp_path: Path, name: str) -> None:
+    file = tmp_path / f"{name}.jinja"
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(ModelLoadError, match=rf"{name}\.jinja cannot be read"):
         load_chat_template(tmp_path)
 
 

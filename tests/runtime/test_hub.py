@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 
 from zllm.errors import ModelLoadError
 from zllm.runtime.hub import resolve_model
@@ -77,3 +78,19 @@ def test_offline_any_other_repository_says_what_to_do(tmp_path):
     assert done.returncode == 1
     assert "ModelLoadError" in done.stderr
     assert "HF_HUB_OFFLINE" in done.stderr
+
+
+def test_what_a_tokenizer_and_its_templates_are_made_of_is_downloaded(tmp_path, monkeypatch):
+    files = [
+        "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+        "chat_template.jinja", "additional_chat_templates/tool_use.jinja",
+    ]  # fmt: skip
+    downloaded = []
+
+    def download(repository, *, allow_patterns):
+        downloaded.extend(filter_repo_objects([*files, "model.bin"], allow_patterns=allow_patterns))
+        return tmp_path
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert resolve_model("owner/name") == tmp_path
+    assert downloaded == files
