@@ -22,3 +22,11 @@ def to_bytes(written: str) -> bytes:
         return written.translate(_TO_BYTES).encode("latin-1")
     except UnicodeEncodeError:
         raise ValueError(f"{written!r} is not written in the byte-level alphabet") from None
+
+
+def decoded(token: str) -> bytes:
+    """What a ByteLevel decoder makes of a token: one outside the alphabet stands for itself."""
+    try:
+        return to_bytes(token)
+    except ValueError:
+        return token.encode()

@@ -21,7 +21,7 @@ from tokenizers.normalizers import NFC
 
 from zllm.errors import InvalidRequest
 from zllm.runtime.added_tokens import AddedTokens, added_tokens_of
-from zllm.runtime.byte_level import BYTE_CHARS, to_bytes
+from zllm.runtime.byte_level import BYTE_CHARS, decoded, to_bytes
 from zllm.runtime.tokenizer import Tokenizer
 
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -61,10 +61,14 @@ class TiktokenTokenizer(Tokenizer):
             raise NotByteLevelBPEError(f"its pattern does not compile: {error}") from None
         if not survives:
             raise NotByteLevelBPEError("its pattern leaves some text unmatched")
-        size = 1 + max([*ranks.values(), *(token.id for token in added)])
+        vocab: dict[str, int] = file["model"]["vocab"]
+        size = 1 + max([*vocab.values(), *(token.id for token in added)])
         tokens = [b""] * size
         for data, rank in ranks.items():
             tokens[rank] = data
+        for written, token_id in vocab.items():
+            if not tokens[token_id]:  # no text becomes this id, but a model may draw it
+                tokens[token_id] = decoded(written)
         for token in added:
             tokens[token.id] = token.content.encode()
         super().__init__(tokens, self._added.special_ids)

@@ -178,6 +178,32 @@ def test_a_token_that_no_merge_reaches_goes_to_tokenizers(tmp_path: Path) -> Non
     assert len(ours.encode("jqx")) == 2
 
 
+def with_entries(
+    reference: tokenizers.Tokenizer, *entries: str, **model: Any
+) -> tokenizers.Tokenizer:
+    """The same with vocabulary entries that no merge makes, and other settings of its model."""
+    file = json.loads(reference.to_str())
+    for token_id, entry in enumerate(entries, start=reference.get_vocab_size()):
+        file["model"]["vocab"][entry] = token_id
+    file["model"] |= model
+    return tokenizers.Tokenizer.from_str(json.dumps(file))
+
+
+def test_an_entry_that_no_merge_makes_has_its_text(tmp_path: Path) -> None:
+    gpt2 = trained(pre_tokenizers.ByteLevel(add_prefix_space=False))
+    # The last two are not written in bytes.
+    reference = with_entries(gpt2, "qzx", "\u0120qzx", "a b", "\u4e2d")
+    reference.add_special_tokens(["<|end|>"])
+    ours = loaded(reference, tmp_path)
+    assert isinstance(ours, TiktokenTokenizer)
+    assert ours.vocab_size == reference.get_vocab_size()
+    for token_id in range(ours.vocab_size):
+        for skip in (True, False):
+            expected = reference.decode([token_id], skip_special_tokens=skip)
+            assert ours.decode([token_id], skip_special_tokens=skip) == expected
+    assert ours.encode("qzx qzx") == reference.encode("qzx qzx").ids
+
+
 @pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word", "normalized"])
 @pytest.mark.parametrize("normalizer", [None, normalizers.NFC()], ids=["plain", "nfc"])
 def test_added_tokens_keep_their_flags(flag: str, normalizer: Any, tmp_path: Path) -> None:
