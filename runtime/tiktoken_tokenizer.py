@@ -20,7 +20,7 @@ from tokenizers.models import BPE
 from tokenizers.normalizers import NFC
 
 from zllm.errors import InvalidRequest
-from zllm.runtime.added_tokens import AddedTokens, added_tokens_of
+from zllm.runtime.added_tokens import AddedToken, AddedTokens, added_tokens_of
 from zllm.runtime.byte_level import BYTE_CHARS, decoded, to_bytes
 from zllm.runtime.tokenizer import Tokenizer
 
@@ -47,8 +47,8 @@ class TiktokenTokenizer(Tokenizer):
         """
         normal_form = _normal_form(file.get("normalizer"))
         splitting = _splitting(file["pre_tokenizer"])
-        ranks = _ranks(file["model"])
         added = added_tokens_of(file, special)
+        ranks = _ranks(file["model"], added)
         self._prefix, self._suffix = _template(file.get("post_processor"))
         self._add_prefix_space = splitting.add_prefix_space
         self._added = AddedTokens(added, _nfc if normal_form else str)
@@ -134,7 +134,7 @@ def _splitting(pre_tokenizer: dict[str, Any] | None) -> _Splitting:
     raise NotByteLevelBPEError(f"its pre-tokenizer is {pre_tokenizer}")
 
 
-def _ranks(model: dict[str, Any]) -> dict[bytes, int]:
+def _ranks(model: dict[str, Any], added: list[AddedToken]) -> dict[bytes, int]:
     """Every token that BPE can give, by its bytes."""
     odd = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
     if model["type"] != "BPE" or model.get("byte_fallback") or any(map(model.get, odd)):
@@ -155,10 +155,14 @@ def _ranks(model: dict[str, Any]) -> dict[bytes, int]:
     for token in merged:
         if len(listed.tokenize(token)) != 1:
             raise NotByteLevelBPEError(f"its merges do not reach the token {token!r}")
-    # With ignore_merges a piece that is in the vocabulary is one token, merges or not.
-    reachable = vocab if model.get("ignore_merges") else dict(zip(merged, ids, strict=True))
-    bytes_alone = {char: vocab[char] for char in BYTE_CHARS}
-    return {to_bytes(token): rank for token, rank in {**bytes_alone, **reachable}.items()}
+    made = {**{char: vocab[char] for char in BYTE_CHARS}, **dict(zip(merged, ids, strict=True))}
+    if model.get("ignore_merges"):
+        # A piece that is in the vocabulary is one token, merges or not. tiktoken would make that
+        # token inside longer pieces, too. No piece is an added token: those are cut out before.
+        cut_out = {t.content for t in added if not t.single_word and t.content.isascii()}
+        for token in vocab.keys() - made.keys() - cut_out:
+            raise NotByteLevelBPEError(f"its ignore_merges gives {token!r}, which no merge makes")
+    return {to_bytes(token): rank for token, rank in made.items()}
 
 
 def _template(post_processor: dict[str, Any] | None) -> tuple[list[int], list[int]]:

@@ -204,6 +204,27 @@ def test_an_entry_that_no_merge_makes_has_its_text(tmp_path: Path) -> None:
     assert ours.encode("qzx qzx") == reference.encode("qzx qzx").ids
 
 
+def test_an_entry_that_only_ignore_merges_gives_goes_to_tokenizers(tmp_path: Path) -> None:
+    reference = with_entries(trained(split(LLAMA3_PATTERN)), "qzx", ignore_merges=True)
+    ours = loaded(reference, tmp_path)
+    assert isinstance(ours, HFTokenizer)
+    assert ours.encode("qzx") == reference.encode("qzx").ids == [reference.token_to_id("qzx")]
+    assert ours.encode("qzxa") == reference.encode("qzxa").ids
+    assert len(ours.encode("qzxa")) == 4
+
+
+@pytest.mark.parametrize(("single_word", "kind"), [(False, TiktokenTokenizer), (True, HFTokenizer)])
+def test_ignore_merges_may_give_an_added_token_that_is_not_always_cut_out(
+    single_word: bool, kind: type[Tokenizer], tmp_path: Path
+) -> None:
+    reference = with_entries(trained(split(LLAMA3_PATTERN)), "qzx", ignore_merges=True)
+    reference.add_tokens([tokenizers.AddedToken("qzx", single_word=single_word)])
+    ours = loaded(reference, tmp_path)
+    assert isinstance(ours, kind)
+    for text in ("qzx", "1qzx", "qzxa", " qzx "):
+        assert ours.encode(text) == reference.encode(text).ids
+
+
 @pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word", "normalized"])
 @pytest.mark.parametrize("normalizer", [None, normalizers.NFC()], ids=["plain", "nfc"])
 def test_added_tokens_keep_their_flags(flag: str, normalizer: Any, tmp_path: Path) -> None:
