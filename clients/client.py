@@ -161,9 +161,11 @@ class Client:
     def wait_ready(self, timeout: float) -> None:
         """Until a connection stands. Raises TimeoutError."""
         self._require_open()
+        ready = grpc.channel_ready_future(self._channel)
         try:
-            grpc.channel_ready_future(self._channel).result(deadline(timeout))
+            ready.result(deadline(timeout))
         except grpc.FutureTimeoutError:
+            ready.cancel()  # it would listen to the channel for as long as that lives
             raise TimeoutError(f"no server answered within {timeout:g} s") from None
 
     def close(self) -> None:
