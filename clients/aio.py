@@ -210,7 +210,7 @@ class AsyncClient:
             raise TimeoutError(f"no server answered within {timeout:g} s") from None
 
     async def close(self) -> None:
-        """Ends every call that runs; a later one is a ZllmError."""
+        """Ends every call that runs, in the loop that uses it; a later one is a ZllmError."""
         self._closed = True
         connection, self._connection = self._connection, None
         # One of a loop that has ended went with it.
@@ -221,12 +221,11 @@ class AsyncClient:
         """The running loop's connection: a channel is good for the loop that it was made in."""
         if self._closed:
             raise ZllmError("the client is closed: make a new one")
-        loop = asyncio.get_running_loop()
-        if self._connection is None or self._connection.loop is not loop:
-            self._connection = _Connection.make(
-                loop, self._target, self._credentials, self._options
-            )
-        return self._connection
+        loop, connection = asyncio.get_running_loop(), self._connection
+        if connection is None or connection.loop is not loop:
+            connection = _Connection.make(loop, self._target, self._credentials, self._options)
+            self._connection = connection
+        return connection
 
     async def _call(self, method: Any, request: object, timeout: float | None) -> Any:
         try:

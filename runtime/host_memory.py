@@ -65,6 +65,6 @@ def _count(path: Path, name: str) -> int:
 def _read(path: Path) -> str:
     """What stands in the file; nothing where there is none."""
     try:
-        return path.read_text(encoding="ascii")
+        return path.read_text(encoding="utf-8", errors="surrogateescape")  # groups have any names
     except OSError:
         return ""

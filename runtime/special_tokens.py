@@ -24,7 +24,8 @@ def load_special_tokens(folder: Path) -> SpecialTokens:
     """What tokenizer_config.json and special_tokens_map.json of a model folder name.
 
     A config with an `added_tokens_decoder` stands alone; over any other the map, which is older,
-    has the last word. Raises ModelLoadError.
+    has the last word of what has a name, and a list where the config has none. Raises
+    ModelLoadError.
     """
     config = read_object(folder / "tokenizer_config.json")
     files = [config]
@@ -33,13 +34,15 @@ def load_special_tokens(folder: Path) -> SpecialTokens:
     named: dict[str, Any] = {}
     nameless: list[Any] = []
     for file in files:
+        listed: list[Any] = []
         for key, value in file.items():
             if key.endswith("_token"):
                 named[key] = value
             elif key in _GROUPS and isinstance(value, dict):
                 named |= value
             elif key in _GROUPS and isinstance(value, list):
-                nameless += value
+                listed += value
+        nameless = nameless or listed
     described = config.get("added_tokens_decoder")
     if isinstance(described, dict):
         entries = [entry for entry in described.values() if isinstance(entry, dict)]

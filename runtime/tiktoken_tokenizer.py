@@ -45,6 +45,9 @@ class TiktokenTokenizer(Tokenizer):
 
         Raises NotByteLevelBPEError, or KeyError and TypeError for a malformed file.
         """
+        decoder = file.get("decoder")
+        if [step["type"] for step in _steps(decoder, "decoders")] != ["ByteLevel"]:
+            raise NotByteLevelBPEError(f"its decoder is {decoder}")
         normal_form = _normal_form(file.get("normalizer"))
         splitting = _splitting(file["pre_tokenizer"])
         added = added_tokens_of(file, special)

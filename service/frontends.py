@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import shutil
 import socket
 import tempfile
@@ -249,7 +248,7 @@ async def _answers(calls: Iterable[Awaitable[Answer]]) -> list[Answer]:
 
 def _folder_in_memory() -> str:
     """For files that are written through mmap: where a disk is full, that is a SIGBUS."""
-    memory = "/dev/shm"
-    return tempfile.mkdtemp(
-        prefix="zllm-metrics-", dir=memory if os.access(memory, os.W_OK) else None
-    )
+    try:
+        return tempfile.mkdtemp(prefix="zllm-metrics-", dir="/dev/shm")
+    except OSError:  # there is none, or no room in it
+        return tempfile.mkdtemp(prefix="zllm-metrics-")

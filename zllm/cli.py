@@ -117,7 +117,8 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 def _end_at_a_signal() -> None:
     """Until the server has handlers that end what it has started: a container's first process gets
-    no signal that it does not ask for, and a model may be fetched for minutes."""
+    no signal that it does not ask for, and a model may be fetched for minutes. A name that is being
+    looked up is waited for."""
 
     def end(*_: object) -> None:
         os._exit(0)

@@ -126,12 +126,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     barrier_expect(barrier, W_BYTES + x_rows * ROW_BYTES);
     if constexpr (GATED)
       copy_gated_box_once(to, w_map, column_of(step), tile * (OUTPUTS / UNIT), barrier);
-    else if constexpr (SAMPLED)
+    else
+#if SAMPLED
       // A head's weights are to drive the logits out of the L2. Left there, and written back one by
       // one while the next step reads, they cost it ten times their own time.
       copy_box(to, w_map, column_of(step), tile * COLUMNS, barrier);
-    else
+#else
       copy_box_once(to, w_map, column_of(step), tile * COLUMNS, barrier);
+#endif
   };
   if (producer) {
     prefetch_map(x_map);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from itertools import chain
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models
 
+from tests.runtime.test_tokenizer import LLAMA3_PATTERN, split, trained
 from zllm.errors import ModelLoadError
 from zllm.runtime.detokenizer import Detokenizer
 from zllm.runtime.hf_tokenizer import HFTokenizer
@@ -120,3 +122,17 @@ def test_an_added_token_in_a_byte_level_file_is_not_read_as_bytes() -> None:
     reference.add_tokens(["caf\u00e9"])
     ours = HFTokenizer(reference.to_str())
     assert ours.decode([reference.token_to_id("caf\u00e9")]) == "caf\u00e9"
+
+
+@pytest.mark.parametrize("decoder", [None, {"type": "Fuse"}], ids=["none", "Fuse"])
+def test_a_byte_level_bpe_without_its_decoder_is_for_tokenizers(
+    decoder: dict[str, Any] | None, tmp_path: Path
+) -> None:
+    reference = trained(split(LLAMA3_PATTERN))
+    file = {**json.loads(reference.to_str()), "decoder": decoder}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+    reference = tokenizers.Tokenizer.from_str(json.dumps(file))
+    ours = load_tokenizer(tmp_path)
+    ids = reference.encode(" the world is", add_special_tokens=False).ids
+    assert ours.encode(" the world is", add_special_tokens=False) == ids
+    assert ours.decode(ids) == reference.decode(ids) != " the world is"

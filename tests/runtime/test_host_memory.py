@@ -38,7 +38,7 @@ def test_a_group_without_a_limit_leaves_what_the_machine_does(tmp_path: Path) ->
     assert available_memory(machine(tmp_path, 500, "0::/\n", **files)) == 500 * MIB
 
 
-@pytest.mark.parametrize("own", ["/", "/system.slice/docker-abc.scope"])
+@pytest.mark.parametrize("own", ["/", "/system.slice/docker-abc.scope", "/user.slice/café"])
 def test_a_container_may_see_its_own_group_as_the_root(tmp_path: Path, own: str) -> None:
     files = {"memory.max": 300 * MIB, "memory.current": 100 * MIB}
     assert available_memory(machine(tmp_path, 500, f"0::{own}\n", **files)) == 200 * MIB

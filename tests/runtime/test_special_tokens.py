@@ -138,11 +138,12 @@ def test_what_an_older_checkpoints_map_names_is_special(
 
 
 @both
+@pytest.mark.parametrize("config", [{}, {"additional_special_tokens": ["<b>"]}], ids=["", "over"])
 def test_what_an_older_checkpoints_map_lists_is_special(
-    kind: type[Tokenizer], tmp_path: Path
+    config: dict[str, Any], kind: type[Tokenizer], tmp_path: Path
 ) -> None:
     legacy = {"additional_special_tokens": ["<a>"]}
-    write(tmp_path, {}, legacy=legacy, kind=kind, transformers="Qwen2Tokenizer")
+    write(tmp_path, config, legacy=legacy, kind=kind, transformers="Qwen2Tokenizer")
     assert_as_transformers(tmp_path, kind)
 
 

@@ -22,7 +22,7 @@ from zllm.errors import ConfigError
 from zllm.runtime.embedded import EMBEDDED_MODEL
 from zllm.runtime.messages import FinishReason
 from zllm.service.config import ServerConfig
-from zllm.service.control import Begin
+from zllm.service.control import COUNTS, Begin
 from zllm.service.frontend_handle import FrontendHandle
 from zllm.service.frontends import Frontends
 from zllm.service.tenants import Grant
@@ -277,17 +277,18 @@ async def test_operators_reach_every_frontend() -> None:
         await until_idle(served)
 
 
-def counts() -> set[Path]:
-    """Folders of what frontends count: in memory, since a full disk would kill who writes there."""
-    return set(Path("/dev/shm").glob("zllm-metrics-*"))
+def counts_of(frontend: psutil.Process) -> Path:
+    """The folder of what all count: in memory, since a full disk would kill who writes there."""
+    folder = Path(frontend.environ()[COUNTS])
+    assert folder.is_dir()
+    assert folder.parent == Path("/dev/shm") or not os.access("/dev/shm", os.W_OK)
+    return folder
 
 
-@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="no /dev/shm here")
 async def test_sigterm_drains_all_and_leaves_nothing(slow_stub: Path) -> None:
-    before = counts()
     async with serving(frontends=2) as served:
         children = [*frontends(), *engines()]
-        assert counts() > before
+        counts = counts_of(children[0])
         async with streaming(served) as streams:
             os.kill(os.getpid(), signal.SIGTERM)
             ends = await asyncio.gather(*(stream.ends() for stream in streams))
@@ -295,7 +296,7 @@ async def test_sigterm_drains_all_and_leaves_nothing(slow_stub: Path) -> None:
         assert await served.task == 0
         assert all(is_gone(child) for child in children)
         assert not list(slow_stub.glob("zllm-*"))
-        assert counts() <= before
+        assert not counts.exists()
 
 
 async def test_a_second_sigterm_hurries_all(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,22 +325,24 @@ async def test_metrics_are_those_of_all_frontends_and_outlive_one() -> None:
 
 
 def test_nothing_outlives_a_killed_supervisor(slow_stub: Path) -> None:
-    before = counts()
     with serving_command("--frontends", "2") as served:
         children = psutil.Process(served.process.pid).children()
         assert len(children) == 3
+        counts = counts_of(next(c for c in children if COUNTS in c.environ()))
         assert ask(served.target, "What is 12 + 7?") == "12 + 7 = 19"
         served.process.kill()
         assert all(is_gone(child) for child in children)
         assert not list(slow_stub.glob("zllm-*"))
-        assert counts() <= before
+        assert not counts.exists()
 
 
 async def test_a_taken_port_is_refused_even_where_it_is_shared() -> None:
     async with serving(frontends=2) as served:
         config = ServerConfig(port=port_of(served.target), admin_port=0, frontends=2)
+        front = Frontends(config, version="test")
         with pytest.raises(ConfigError, match="--port"):
-            await Frontends(config, version="test").start()
+            await front.start()
+        await front.stop(0.0)
 
 
 async def test_a_frontend_that_cannot_begin_ends_the_start(slow_stub: Path) -> None:

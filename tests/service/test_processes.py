@@ -338,12 +338,18 @@ def test_bad_arguments_are_named() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_while_a_model_is_fetched_ends_it_in_good_order(number: signal.Signals) -> None:
+    signal.signal(number, signal.SIG_DFL)  # nohup's children ignore what it ignores
     with socket.create_server(("127.0.0.1", 0)) as hub:  # which takes calls and never answers
         hub.settimeout(60)
         url = f"http://127.0.0.1:{hub.getsockname()[1]}"
         process = subprocess.Popen(
             [*SERVE, "--model", "zllm/no-such-model"],
-            env={**os.environ, "HF_ENDPOINT": url, "HF_HUB_OFFLINE": "0"},
+            env={
+                **os.environ,
+                "HF_ENDPOINT": url,
+                "HF_HUB_OFFLINE": "0",
+                "NO_PROXY": "127.0.0.1",
+            },
         )
         try:
             hub.accept()
