@@ -27,6 +27,12 @@ class FrontendHandle:
         self._calls: dict[int, asyncio.Future[Answer]] = {}
         self._next_call = 1
 
+    @property
+    def pid(self) -> int:
+        if self._process is None:
+            raise ConfigError("the frontend's process was not started")
+        return self._process.pid
+
     async def start(self, begin: Begin, counts: str) -> None:
         """`counts` is the folder of prometheus_client's files. Raises ConfigError where it cannot
         begin."""

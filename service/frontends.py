@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client import CollectorRegistry
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from zllm.errors import ConfigError, Unavailable
@@ -41,6 +41,7 @@ from zllm.service.engine_metrics import EngineMetrics
 from zllm.service.frontend_handle import FrontendHandle
 from zllm.service.gpu_metrics import GpuMetrics
 from zllm.service.listener import hold_port
+from zllm.service.process_metrics import ProcessMetrics
 from zllm.service.restarts import STEADY_S, pause_after
 from zllm.service.served_model import RunningModel
 
@@ -70,7 +71,7 @@ class Frontends:
         MultiProcessCollector(self.registry, path=self._counts)  # type: ignore[no-untyped-call]
         self.registry.register(EngineMetrics(lambda: self.models))
         self.registry.register(GpuMetrics(lambda: self.models))
-        ProcessCollector(registry=self.registry)
+        self.registry.register(ProcessMetrics(lambda: [each.pid for each in self._alive]))
 
     @property
     def models(self) -> Sequence[RunningModel]:

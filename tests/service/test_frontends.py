@@ -319,6 +319,9 @@ async def test_metrics_are_those_of_all_frontends_and_outlive_one() -> None:
         found = await served.scrape()
         assert found[requests] == count
         assert found["zllm:engine_up", "stub"] == 1
+        held = sum(frontend.memory_info().rss for frontend in frontends())
+        own = psutil.Process().memory_info().rss
+        assert found["process_resident_memory_bytes", ""] > 0.9 * held + 0.5 * own
         streams[0].frontend.kill()
         await until_frontends(2, without=streams[0].frontend)
         assert (await served.scrape())[requests] == count
