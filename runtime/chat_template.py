@@ -17,7 +17,8 @@ import jinja2
 
 from zllm.errors import InvalidRequest, ModelLoadError
 from zllm.runtime import chat_renderer
-from zllm.runtime.special_tokens import load_special_tokens, read_object
+from zllm.runtime.json_files import read_object
+from zllm.runtime.special_tokens import load_special_tokens
 
 _RESERVED = frozenset({"messages", "tools", "documents", "raise_exception", "strftime_now"})
 
@@ -166,7 +167,7 @@ def load_chat_template(folder: Path) -> ChatTemplate | None:
     and `additional_chat_templates/NAME.jinja` go before tokenizer_config.json, where it is a
     text or a list of named ones.
     """
-    config = read_object(folder / "tokenizer_config.json")
+    config = read_object(folder / "tokenizer_config.json") or {}
     sources = _sources(folder, config.get("chat_template"))
     if "default" not in sources:
         return None

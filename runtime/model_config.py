@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from zllm.errors import ConfigError, ModelLoadError
+from zllm.runtime.json_files import read_object
 from zllm.runtime.models.architectures import require_supported
 
 _DTYPES = {
@@ -139,12 +139,12 @@ class ModelConfig:
         Raises ModelLoadError where a file is missing, is no JSON, lacks a field, or asks for
         something that no model here implements.
         """
-        raw = _read_json(folder / "config.json")
+        raw = read_object(folder / "config.json")
         if raw is None:
             raise ModelLoadError(
                 f"{folder} has no config.json: give the folder of a Hugging Face checkpoint"
             )
-        generation = _read_json(folder / "generation_config.json") or {}
+        generation = read_object(folder / "generation_config.json") or {}
         return cls.from_dict(raw, generation)
 
     @classmethod
@@ -203,22 +203,6 @@ class ModelConfig:
             sampling=_sampling_defaults(generation),
             ignored=(*_ignored_rope(raw), *_ignored_generation(generation)),
         )
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ModelLoadError(f"{path} cannot be read: {error}") from error
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ModelLoadError(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelLoadError(f"{path} is not a JSON object")
-    return value
 
 
 def _integer(raw: dict[str, Any], name: str, default: int | None = None) -> int:

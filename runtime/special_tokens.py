@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zllm.errors import ModelLoadError
+from zllm.runtime.json_files import read_object
 
 _GROUPS = ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens")
 
@@ -27,10 +26,10 @@ def load_special_tokens(folder: Path) -> SpecialTokens:
     has the last word of what has a name, and a list where the config has none. Raises
     ModelLoadError.
     """
-    config = read_object(folder / "tokenizer_config.json")
+    config = read_object(folder / "tokenizer_config.json") or {}
     files = [config]
     if "added_tokens_decoder" not in config:
-        files.append(read_object(folder / "special_tokens_map.json"))
+        files.append(read_object(folder / "special_tokens_map.json") or {})
     named: dict[str, Any] = {}
     nameless: list[Any] = []
     for file in files:
@@ -51,19 +50,6 @@ def load_special_tokens(folder: Path) -> SpecialTokens:
     known = {name: content for name, content in contents.items() if content is not None}
     others = {content for token in nameless if (content := _content(token)) is not None}
     return SpecialTokens(known, frozenset(others | set(known.values())))
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object of a file, an empty one where there is none. Raises ModelLoadError."""
-    try:
-        read = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelLoadError(f"{path} cannot be read: {error}") from None
-    if not isinstance(read, dict):
-        raise ModelLoadError(f"{path} holds no JSON object")
-    return read
 
 
 def _content(token: Any) -> str | None:

@@ -163,8 +163,10 @@ def _ranks(model: dict[str, Any], added: list[AddedToken]) -> dict[bytes, int]:
         # A piece that is in the vocabulary is one token, merges or not. tiktoken would make that
         # token inside longer pieces, too. No piece is an added token: those are cut out before.
         cut_out = {t.content for t in added if not t.single_word and t.content.isascii()}
-        for token in vocab.keys() - made.keys() - cut_out:
-            raise NotByteLevelBPEError(f"its ignore_merges gives {token!r}, which no merge makes")
+        if unmade := vocab.keys() - made.keys() - cut_out:
+            raise NotByteLevelBPEError(
+                f"its ignore_merges gives {min(unmade)!r}, which no merge makes"
+            )
     return {to_bytes(token): rank for token, rank in made.items()}
 
 

@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 Method = Callable[[Any, Context], Awaitable[Any]]
 _ON_ITS_WAY_S = 0.05
+"""What a client's word that it has left may take, beside the rounding of its time."""
 _M = TypeVar("_M", bound=Callable[..., Any])
 
 

@@ -58,6 +58,9 @@ struct Walk {
     take();
   }
   __device__ int blocks() const { return (tokens + kBlockTokens - 1) / kBlockTokens; }
+  __device__ int tokens_in(int block) const {
+    return min(tokens - block * kBlockTokens, kBlockTokens);
+  }
   __device__ void take() { end = min(blocks(), begin + length - position); }
   // False when the share is done.
   __device__ bool advance(const DecodeRow* rows, int num_kv_heads, int gap) {
@@ -118,8 +121,7 @@ struct Fetcher {
     if (block >= table_base + 32 * kWarps) load_table(table, table_stride);
     const int id = __shfl_sync(0xffffffffu, entry, (block - table_base) / kWarps);
     const i64 offset = id * block_bytes + walk.head * kRunBytes;
-    ring.fetch(keys + offset, values + offset,
-               min(walk.tokens - block * kBlockTokens, kBlockTokens));
+    ring.fetch(keys + offset, values + offset, walk.tokens_in(block));
     block += kWarps;
   }
 };
@@ -189,7 +191,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS_PER_SM)
     accumulator.clear();
     for (int block = walk.first(threadIdx.x / 32); block < walk.end; block += kWarps) {
       const u32 stage = ring.wait();
-      const int valid = min(walk.tokens - block * kBlockTokens, kBlockTokens);
+      const int valid = walk.tokens_in(block);
       if (valid < kBlockTokens) clear_values(stage + kRunBytes, valid);
       accumulator.add(queries, stage, stage + kRunBytes, valid, scale);
       fetch();

@@ -393,20 +393,20 @@ async def test_both_give_their_results_in_order() -> None:
     assert await both(after(0.02, 1), after(0.0, 2)) == (1, 2)
 
 
+async def slow(ended: asyncio.Event) -> None:
+    """Never done by itself, and takes a moment to clean up."""
+    try:
+        await asyncio.sleep(60)
+    finally:
+        await asyncio.sleep(0.05)
+        ended.set()
+
+
 async def test_the_first_failure_ends_the_other_and_is_raised_when_that_has_ended() -> None:
-    ended = False
-
-    async def slow() -> None:
-        nonlocal ended
-        try:
-            await asyncio.sleep(60)
-        finally:
-            await asyncio.sleep(0.02)
-            ended = True
-
+    ended = asyncio.Event()
     with pytest.raises(ConfigError, match="first"):
-        await both(slow(), failing(0.0, "first"))
-    assert ended
+        await both(slow(ended), failing(0.0, "first"))
+    assert ended.is_set()
     with pytest.raises(ConfigError, match="first"):
         await both(failing(0.01, "second"), failing(0.0, "first"))
 
@@ -422,19 +422,10 @@ async def test_who_leaves_both_leaves_neither_running() -> None:
 
 
 async def test_what_is_left_cleans_up_in_peace() -> None:
-    cleaned = False
-
-    async def slow() -> None:
-        nonlocal cleaned
-        try:
-            await asyncio.sleep(10)
-        finally:
-            await asyncio.sleep(0.05)
-            cleaned = True
-
-    task = asyncio.create_task(both(slow(), after(10.0, 1)))
+    ended = asyncio.Event()
+    task = asyncio.create_task(both(slow(ended), after(10.0, 1)))
     await asyncio.sleep(0.01)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert cleaned
+    assert ended.is_set()
