@@ -109,7 +109,7 @@ def put_stamps(root: Path, config: ModelConfig, address: int) -> None:
         root / "kernels/attention_decode.cu",
         before={
             "  let_next_start();\n": f"  Stamps stamps({attention}, threadIdx.x == 0);\n",
-            "      const int valid = min(": "      stamps.mark_first(2);\n",
+            "      const int valid = walk.tokens_in(": "      stamps.mark_first(2);\n",
         },
         behind={
             "  wait_for_previous();\n": "  stamps.mark(1);\n",
