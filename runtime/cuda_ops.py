@@ -14,7 +14,7 @@ from zllm.cuda.decoder import MAX_ROWS, ResidentDecoder, ResidentLayer, supports
 from zllm.cuda.decoder_plan import DecoderShape
 from zllm.cuda.launcher import KernelLibrary
 from zllm.cuda.linear import SkinnyLinear
-from zllm.cuda.linear_many import ManyRows
+from zllm.cuda.linear_many import ManyRows, NormsAhead
 from zllm.cuda.logit_chunks import LogitChunks
 from zllm.cuda.norm import rms_norm
 from zllm.cuda.rope_cache import RopeCache, rope_cache
@@ -30,9 +30,13 @@ class CudaOps:
         kernels: KernelLibrary,
         attention: PagedAttention,
         chunks_of: Callable[[int], LogitChunks] | None = None,
+        *,
+        folded_norms: int = 0,
     ) -> None:
-        """`chunks_of` a number of samples: what `logits` may fill for whoever samples them."""
+        """`chunks_of` a number of samples: what `logits` may fill for whoever samples them.
+        `folded_norms`: how many norms the layers have, where the gains of all are ones."""
         self._chunks_of = chunks_of
+        self._folded_norms = folded_norms
         self.device = torch.device("cuda", kernels.device)
         self._kernels = kernels
         self._attention = attention
@@ -73,7 +77,10 @@ class CudaOps:
         if self._skinny.takes_norms(tokens.shape[0], table.dtype):
             x, left = embedding.embed_scaled(self._kernels, table, tokens, norm)
             return Hidden(x, norm, left)
-        return Hidden(embedding.embed(self._kernels, table, tokens), norm)
+        x, ahead = embedding.embed(self._kernels, table, tokens), None
+        if self._folded_norms and len(x) >= self._many.MIN_ROWS:
+            ahead = NormsAhead.of(self._folded_norms, len(x), self.device)
+        return Hidden(x, norm, ahead)
 
     def linear(
         self, hidden: Hidden, weight: Tensor, bias: Tensor | None = None, *, eps: float
@@ -92,10 +99,11 @@ class CudaOps:
         product = self._of_few_rows(hidden, gate_up, None, eps, gated=True)
         if product is not None:
             return product
-        normed, (n, k) = self._normed(hidden, eps), gate_up.shape
-        if self._many.supports_gated(normed.shape[0], n, k, normed.dtype):
-            return self._many.gated(normed, gate_up)
-        return activation.silu_mul(self._kernels, F.linear(normed, gate_up))
+        (n, k), m = gate_up.shape, hidden.x.shape[0]
+        if self._many.supports_gated(m, n, k, hidden.x.dtype):
+            x, norm = self._for_many(hidden, eps)
+            return self._many.gated(x, gate_up, norm=norm, eps=eps)
+        return activation.silu_mul(self._kernels, F.linear(self._normed(hidden, eps), gate_up))
 
     def add_linear(
         self,
@@ -118,7 +126,8 @@ class CudaOps:
         residual.addmm_(x, weight.t())
         if bias is not None:
             residual.add_(bias)
-        return Hidden(residual, norm)
+        ahead = hidden.left.behind() if isinstance(hidden.left, NormsAhead) else None
+        return Hidden(residual, norm, ahead)
 
     def queries(
         self, hidden: Hidden, decoder: Decoder, index: int, batch: Batch, cache: KVCache
@@ -133,7 +142,8 @@ class CudaOps:
                     hidden.left, layer.qkv, rope, eps=eps, early=early
                 )
             if self._many.supports_qkv(m, n, k, head_dim, dtype):
-                return self._many.qkv(self._normed(hidden, eps), layer.qkv, rope)
+                x, norm = self._for_many(hidden, eps)
+                return self._many.qkv(x, layer.qkv, rope, norm=norm)
         qkv = self.linear(hidden, layer.qkv, layer.qkv_bias, eps=eps)
         return rope_cache(self._kernels, qkv, rope, early=early)
 
@@ -169,6 +179,15 @@ class CudaOps:
         if m <= skinny.MAX_NORM_ROWS and x.dtype == torch.bfloat16:
             return skinny.linear(x, weight, norm=hidden.norm, eps=eps, gated=gated)
         return skinny.linear(self._normed(hidden, eps), weight, gated=gated, chunks=chunks)
+
+    def _for_many(self, hidden: Hidden, eps: float) -> tuple[Tensor, NormsAhead | None]:
+        """What a layer's products take with many rows: a norm without gains is theirs."""
+        if not self._folded_norms:
+            return self._normed(hidden, eps), None
+        ahead = hidden.left
+        if ahead is None:
+            ahead = NormsAhead.of(1, hidden.x.shape[0], self.device)
+        return hidden.x, ahead
 
     def _normed(self, hidden: Hidden, eps: float) -> Tensor:
         return rms_norm(self._kernels, hidden.x, hidden.norm, eps)

@@ -105,4 +105,7 @@ def _programs(kernels: KernelLibrary, model: ModelConfig, shape: StepShape) -> I
         yield from skinny.programs(hidden, inner, dtype, residual=True)
         yield from skinny.programs(model.vocab_size, hidden, dtype, norm=fused, head=True)
         if kernels.hopper:
-            yield from linear_many.programs(dtype, spec.kv_dtype, *head_sizes, qk_norm=True)
+            norms = linear_many.applies_norms(kernels, dtype)
+            yield from linear_many.programs(
+                dtype, spec.kv_dtype, *head_sizes, qk_norm=True, norm=norms
+            )

@@ -22,6 +22,7 @@ from rich.progress import Progress
 from zllm.cuda.attention import PagedAttention
 from zllm.cuda.event import Event
 from zllm.cuda.launcher import KernelLibrary
+from zllm.cuda.linear_many import applies_norms
 from zllm.native import arena as layout
 from zllm.native.step_objects import Plan
 from zllm.runtime.config import BLOCK_SIZE, EngineConfig
@@ -41,6 +42,7 @@ from zllm.runtime.kv_cache import allocate_kv_cache, block_bytes, pool_line
 from zllm.runtime.loader import dummy_weights, load_weights, weights_bytes
 from zllm.runtime.model_config import ModelConfig
 from zllm.runtime.model_runner import StepResult, spread_rows
+from zllm.runtime.models.parameters import fold_norms
 from zllm.runtime.models.registry import model_class
 from zllm.runtime.ops import Hidden, Sampled
 from zllm.runtime.row_tables import allocate_row_tables
@@ -90,6 +92,9 @@ class CudaRunner:
         torch.cuda.synchronize(self.device)
         loaded = time.perf_counter()
 
+        # Products apply norms without gains by themselves (docs/decisions/080).
+        folds = applies_norms(kernels, shape.dtype)
+        folded_norms = fold_norms(weights, parameters) if folds else 0
         self.model = model(model_config, weights, shape.max_model_len, self.device)
         spec = shape.attention
         self._tables = allocate_row_tables(shape.max_rows, shape.max_model_len, self.device)
@@ -106,7 +111,7 @@ class CudaRunner:
             vocab_size=model_config.vocab_size,
             dtype=shape.dtype,
         )
-        self._ops = CudaOps(kernels, attention, self._step.chunks_of)
+        self._ops = CudaOps(kernels, attention, self._step.chunks_of, folded_norms=folded_norms)
         self._cache = allocate_kv_cache(model_config, 1, spec.kv_dtype, self.device)
         step_peak = self._profile()
 

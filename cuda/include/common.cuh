@@ -45,6 +45,12 @@ template <typename T> __device__ __forceinline__ Vec<T> load_vec_streaming(const
   *reinterpret_cast<uint4*>(&out) = __ldcs(reinterpret_cast<const uint4*>(p));
   return out;
 }
+// Past the L1, where an earlier kernel may have left what stood there then.
+template <typename T> __device__ __forceinline__ Vec<T> load_vec_from_l2(const T* p) {
+  Vec<T> out;
+  *reinterpret_cast<uint4*>(&out) = __ldcg(reinterpret_cast<const uint4*>(p));
+  return out;
+}
 template <typename T> __device__ __forceinline__ void store_vec(T* p, const Vec<T>& x) {
   *reinterpret_cast<uint4*>(p) = *reinterpret_cast<const uint4*>(&x);
 }

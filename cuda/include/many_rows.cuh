@@ -10,7 +10,11 @@
 // The copies and the products move as many bytes through shared memory as it can: what the last three
 // warps load, shuffle and store comes on top, and is to be little.
 //
-// Macros: SCALAR, COLUMNS (a multiple of 16), STAGES (of 64 k).
+// NORM: x is normalized first (RMSNorm, Zhang & Sennrich 2019; its gains stand in W). It is multiplied
+// as it is, and the sums of a row are scaled when a tile ends. The scales are made meanwhile by the
+// warps that end tiles.
+//
+// Macros: SCALAR, COLUMNS (a multiple of 16), STAGES (of 64 k), NORM (0 or 1).
 #pragma once
 #include "cluster.cuh"
 #include "tensor_copy.cuh"
@@ -27,6 +31,7 @@ constexpr int kSumsBytes = kRows * kPitch * 2;
 constexpr int kThreads = 384, kGroup = 128;
 constexpr int kEndWarps = 3, kEndThreads = 32 * kEndWarps;
 constexpr int kBand = 8;  // pairs of tiles of x that share W while it is in the L2
+constexpr int kScales = 2 * kRows;  // of two tiles: some threads may be one behind
 
 struct Place {
   int row, tile;  // the first row of x; which tile of W
@@ -44,6 +49,49 @@ __device__ __forceinline__ Place place_of(int index, int pairs, int tiles, u32 r
 // Which of the threads that end tiles this is.
 __device__ __forceinline__ int end_thread() { return threadIdx.x - (kThreads - kEndThreads); }
 
+// The norm before the products. Every row's scale is made by one warp of the grid, all of which run at
+// once, and is its own sign of being there: it is 0 before, and never then.
+struct Norm {
+  const SCALAR* x;  // [m, k]
+  float* scales;    // [m] zeros, which become 1 / sqrt(mean(x^2) + eps)
+  float eps;
+
+  // By a warp, of two rows at once, since each waits for memory; they may be the same.
+  __device__ __forceinline__ void make(int one, int two, int k) const {
+    constexpr int kVec = Vec<SCALAR>::size, kAtOnce = 4, kStep = 32 * kVec;
+    const int rows[2] = {one, two};
+    float squares[2] = {};
+#pragma unroll 1
+    for (int first = threadIdx.x % 32 * kVec; first < k; first += kAtOnce * kStep) {
+      Vec<SCALAR> part[2][kAtOnce] = {};
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i)
+          if (first + i * kStep < k)
+            part[r][i] = load_vec_from_l2(x + i64(rows[r]) * k + first + i * kStep);
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i)
+#pragma unroll
+          for (int j = 0; j < kVec; ++j) squares[r] += part[r][i][j] * part[r][i][j];
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float scale = rsqrtf(warp_sum(squares[r]) / static_cast<float>(k) + eps);
+      // The least instead of 0, which squares beyond float32 would give.
+      if (threadIdx.x % 32 == 0) __stcg(scales + rows[r], scale == 0.f ? 1.17549435e-38f : scale);
+    }
+  }
+
+  __device__ __forceinline__ float look(int row) const {
+    float scale;
+    asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(scale) : "l"(scales + row) : "memory");
+    return scale;
+  }
+};
+
 #if __CUDA_ARCH_FEAT_SM90_ALL
 // The box at (column, row), for both thread blocks.
 __device__ __forceinline__ void copy_to_both(u32 to, const TensorMap& map, int column, int row,
@@ -57,15 +105,18 @@ __device__ __forceinline__ void copy_to_both(u32 to, const TensorMap& map, int c
 
 // All products of m rows of x and `tiles` times the rows of W that a tile takes: kHalf from
 // tile * `stride` on, and the kHalf that are `apart` behind those. `end`, called by each of the
-// threads that end tiles, is end(Place, wait, sums): rows of kPitch, which are there after wait().
+// threads that end tiles, is end(Place, wait, sums, scales): rows of kPitch, which are there after
+// wait(), and what each is to be multiplied by, with NORM.
 template <typename End>
-__device__ __forceinline__ void multiply(const TensorMap& x_map, const TensorMap& w_map, int m,
-                                         int k, int tiles, int stride, int apart, const End& end) {
+__device__ __forceinline__ void multiply(const TensorMap& x_map, const TensorMap& w_map,
+                                         const Norm& norm, int m, int k, int tiles, int stride,
+                                         int apart, const End& end) {
   extern __shared__ __align__(1024) u8 memory[];
   const u32 ring = shared_address(memory);
   SCALAR* const rounded = reinterpret_cast<SCALAR*>(memory + kStages * kStage);
   const u32 full = ring + kStages * kStage + kSumsBytes, empty = full + kStages * 8;
   const u32 filled = empty + kStages * 8, taken = filled + 8;
+  float* scales = reinterpret_cast<float*>(memory + (taken + 8 - ring));
   const u32 rank = cluster_rank();
   if (threadIdx.x == 0) {
     for (int s = 0; s < kStages; ++s) {
@@ -138,11 +189,34 @@ __device__ __forceinline__ void multiply(const TensorMap& x_map, const TensorMap
       }
     }
   } else if (end_thread() >= 0) {
+    const int warps = gridDim.x * kEndWarps;
+    int mine = blockIdx.x * kEndWarps + end_thread() / 32;  // the next row whose scale this warp makes
+    Place place = place_of(first, pairs, tiles, rank);
+    float ahead[2] = {};  // the scales of this thread's rows of a tile, looked for while another ended
+    const auto row_of = [&](int i) { return end_thread() + i * kEndThreads; };
     for (int index = first; index < pairs * tiles; index += clusters) {
-      const Place place = place_of(index, pairs, tiles, rank);
-      end(place, [&] { barrier_wait(filled, buffer.parity); }, rounded);
+      const Place next = place_of(index + clusters, pairs, tiles, rank);
+      if (NORM) {
+        // All of this tile's band, so that nobody waits for a row whose warp waits for a later one; and
+        // what the next round of tiles needs.
+        const int until = min(m, ((index + clusters) / tiles + kBand + 1) * 2 * kRows);
+        for (; mine < until; mine += 2 * warps)
+          norm.make(mine, mine + warps < m ? mine + warps : mine, k);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          if (row_of(i) >= kRows) continue;
+          while (ahead[i] == 0.f) ahead[i] = norm.look(min(place.row + row_of(i), m - 1));
+          scales[row_of(i)] = ahead[i];
+        }
+        asm volatile("bar.sync 1, %0;" ::"n"(kEndThreads) : "memory");
+#pragma unroll
+        for (int i = 0; i < 2; ++i) ahead[i] = norm.look(min(next.row + row_of(i), m - 1));
+      }
+      end(place, [&] { barrier_wait(filled, buffer.parity); }, rounded, scales);
+      scales += buffer.parity == 0 ? kRows : -kRows;
       barrier_arrive(taken);
       buffer.advance();
+      place = next;
     }
   }
   __syncwarp();

@@ -22,7 +22,7 @@ struct Heads : HeadsTo {
 
   template <typename Wait>
   __device__ __forceinline__ void operator()(const many_rows::Place& place, Wait wait,
-                                             const SCALAR* sums) const {
+                                             const SCALAR* sums, const float* scales) const {
     const int half = threadIdx.x / 8 % 2, head = place.tile * 2 + half;
     const int column = threadIdx.x % 8 * kVec;
     const int rows = min(many_rows::kRows, m - place.row);
@@ -30,8 +30,8 @@ struct Heads : HeadsTo {
     const bool exists = head < kAllHeads;
     Part gains;
     if (QK_NORM && !is_value) load_part(gains, (is_query ? q_norm : k_norm) + column);
-    const float* const scale = is_query ? nullptr : is_value ? v_scale : k_scale;
-    const float inverse = scale == nullptr ? 1.f : 1.f / *scale;
+    const float* const stored = is_query ? nullptr : is_value ? v_scale : k_scale;
+    const float inverse = stored == nullptr ? 1.f : 1.f / *stored;
     CACHE* const runs = (is_value ? values : keys) +
                         i64(head - HEADS - (is_value ? KV_HEADS : 0)) *
                             (kv_layout::kBlockTokens * kHead);
@@ -55,6 +55,9 @@ struct Heads : HeadsTo {
       for (int i = 0; i < kAtOnce; ++i) {
         const int row = min(first + i * kStep, many_rows::kRows - 1);
         load_part(x[i], sums + row * many_rows::kPitch + half * kHead + column);
+        const float scale = NORM ? scales[row] : 1.f;
+#pragma unroll
+        for (float& value : x[i]) value *= scale;
       }
       if (QK_NORM) normalize(x, gains, is_value, eps);
       if (!is_value) {
@@ -135,13 +138,13 @@ struct Heads : HeadsTo {
 // Grid and shared memory as in linear_gated.cu.
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(many_rows::kThreads, 1)
     linear_qkv(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map,
-               SCALAR* q_out, CACHE* keys, CACHE* values, const int* positions, const int* slots,
-               const float* cos_sin, const SCALAR* q_norm, const SCALAR* k_norm,
-               const float* k_scale, const float* v_scale, i64 block_stride, float eps, int m,
-               int k) {
+               const SCALAR* x, float* scales, SCALAR* q_out, CACHE* keys, CACHE* values,
+               const int* positions, const int* slots, const float* cos_sin, const SCALAR* q_norm,
+               const SCALAR* k_norm, const float* k_scale, const float* v_scale, i64 block_stride,
+               float eps, int m, int k) {
 #if __CUDA_ARCH_FEAT_SM90_ALL
-  many_rows::multiply(x_map, w_map, m, k, (kAllHeads + 1) / 2, many_rows::kColumns,
-                      many_rows::kHalf,
+  many_rows::multiply(x_map, w_map, {x, scales, eps}, m, k, (kAllHeads + 1) / 2,
+                      many_rows::kColumns, many_rows::kHalf,
                       Heads{{q_out, keys, values, positions, slots, cos_sin, q_norm, k_norm,
                              k_scale, v_scale, block_stride, eps},
                             m});

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,13 +24,20 @@ class Parameter:
     """How dummy weights are drawn."""
     copy: str | None = None
     """A tensor of the checkpoint that holds the same once more, where it is there at all."""
+    norm: str | None = None
+    """The gains of the RMSNorm behind which this matrix alone stands, a parameter of [columns]."""
 
 
 def linear(
-    name: str, columns: int, *sources: tuple[str, int], copy: str | None = None
+    name: str,
+    columns: int,
+    *sources: tuple[str, int],
+    copy: str | None = None,
+    norm: str | None = None,
 ) -> Parameter:
     """A [rows, columns] matrix of the `sources` (checkpoint name, rows)."""
-    return Parameter(name, (sum(rows for _, rows in sources), columns), sources, copy=copy)
+    shape = (sum(rows for _, rows in sources), columns)
+    return Parameter(name, shape, sources, copy=copy, norm=norm)
 
 
 def bias(name: str, *sources: tuple[str, int]) -> Parameter:
@@ -40,3 +48,14 @@ def bias(name: str, *sources: tuple[str, int]) -> Parameter:
 def norm(name: str, size: int, source: str) -> Parameter:
     """The gains of an RMSNorm."""
     return Parameter(name, (size,), ((source, size),), init="ones")
+
+
+def fold_norms(weights: Weights, parameters: Iterable[Parameter]) -> int:
+    """Multiply matrices, in place, by the gains of the norms before them, which become ones: what
+    the model computes stays the same, up to a rounding of each weight. How many norms there were.
+    """
+    folded = [(p.name, p.norm) for p in parameters if p.norm is not None]
+    for matrix, norm in folded:
+        weights[matrix] *= weights[norm]
+        weights[norm].fill_(1.0)
+    return len(folded)

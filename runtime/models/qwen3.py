@@ -59,6 +59,7 @@ class Qwen3:
                 (attention + "q_proj.weight", q_size),
                 (attention + "k_proj.weight", kv_size),
                 (attention + "v_proj.weight", kv_size),
+                norm=ours + "input_norm",
             )
             yield norm(ours + "q_norm", config.head_dim, attention + "q_norm.weight")
             yield norm(ours + "k_norm", config.head_dim, attention + "k_norm.weight")
@@ -77,6 +78,7 @@ class Qwen3:
                 hidden,
                 (mlp + "gate_proj.weight", inner),
                 (mlp + "up_proj.weight", inner),
+                norm=ours + "post_norm",
             )
             yield linear(ours + "down", inner, (mlp + "down_proj.weight", hidden))
         yield norm("final_norm", hidden, "model.norm.weight")

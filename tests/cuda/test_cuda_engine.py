@@ -99,9 +99,10 @@ def test_long_prompts_go_through_the_products_of_many_rows(
     launched = Counter[int]()
     qkv = ManyRows.qkv
 
-    def spy(self: ManyRows, x: torch.Tensor, *args: Any) -> Any:
+    def spy(self: ManyRows, x: torch.Tensor, *args: Any, **options: Any) -> Any:
+        assert options["norm"] is not None, "the norm before it has no kernel of its own"
         launched[len(x)] += 1
-        return qkv(self, x, *args)
+        return qkv(self, x, *args, **options)
 
     monkeypatch.setattr(ManyRows, "qkv", spy)
     draw = random.Random(5)

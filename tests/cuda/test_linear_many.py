@@ -13,7 +13,7 @@ from tests.cuda.accuracy import TOLERANCE, poisoned, relative_error
 from tests.cuda.rotation import FP8, expect_rotated, rope_case
 from zllm.cuda.compiler import Compiler
 from zllm.cuda.launcher import KernelLibrary
-from zllm.cuda.linear_many import NARROW, WIDE, ManyRows, Tile, programs
+from zllm.cuda.linear_many import NARROW, WIDE, ManyRows, NormsAhead, Tile, programs
 from zllm.errors import KernelError
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -21,15 +21,16 @@ BF16, FP16 = torch.bfloat16, torch.float16
 
 @pytest.mark.parametrize(("dtype", "cache"), [(BF16, BF16), (BF16, FP8), (FP16, FP16)])
 def test_hopper_compiles_them(dtype: torch.dtype, cache: torch.dtype, tmp_path: Path) -> None:
-    found = list(programs(dtype, cache, 16, 8, 128, qk_norm=True))
-    assert [program.source for program in found] == [*["linear_gated.cu"] * 2, "linear_qkv.cu"]
+    found = list(programs(dtype, cache, 16, 8, 128, qk_norm=True, norm=dtype == BF16))
+    sources = ["linear_gated.cu"] * 2 + ["linear_qkv.cu"] * 2
+    assert [program.source for program in found] == sources
     for which in found:
         cubin = Compiler("sm_90a", tmp_path).compile(which.source, which.defines)
         assert cubin.startswith(b"\x7fELF")
 
 
 def test_other_heads_are_rotated_behind_the_product() -> None:
-    found = programs(BF16, BF16, 14, 2, 64, qk_norm=True)
+    found = programs(BF16, BF16, 14, 2, 64, qk_norm=True, norm=True)
     assert {program.source for program in found} == {"linear_gated.cu"}
 
 
@@ -102,6 +103,8 @@ def test_gated(
         (1061, 16, 8, 1024, FP16, FP16, True),
         (8192, 16, 8, 1024, BF16, BF16, True),  # several tiles for each thread block
         (4100, 32, 8, 4096, BF16, FP8, False),
+        (1061, 0, 8, 1024, BF16, BF16, True),  # keys and values alone
+        (300, 0, 1, 136, BF16, FP8, False),
     ],
 )
 def test_qkv(
@@ -120,13 +123,115 @@ def test_qkv(
     expect_rotated(rope, layers, x.double() @ weight.double().t(), q)
 
 
+EPS = 1e-5
+
+
+def _normalized(x: Tensor) -> Tensor:
+    x = x.double()
+    return x * (x.square().mean(1, keepdim=True) + EPS).rsqrt()
+
+
+def _uneven(m: int, k: int) -> Tensor:
+    """Rows from a thousandth to a thousand times as long as others, one of zeros."""
+    x = _random(m, k) * torch.logspace(-3, 3, m, device="cuda")[torch.randperm(m), None]
+    x[m // 2] = 0
+    return x.to(BF16)
+
+
+def _ahead(norms: int, rows: int) -> NormsAhead:
+    return NormsAhead.of(norms, rows, torch.device("cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("m", "inter", "k"),
+    [
+        pytest.param(300, 104, 136, id="small"),
+        (8, 512, 64),  # fewer rows than warps that scale them
+        (1061, 1024, 3072),
+        (8192, 2560, 1024),  # four bands of rows
+        (777, 4136, 4096),
+        (6000, 256, 8192),  # more bands than tiles for each thread block
+    ],
+)
+@pytest.mark.parametrize("tile", [WIDE, NARROW])
+def test_gated_of_normalized_rows(
+    products: ManyRows, monkeypatch: pytest.MonkeyPatch, tile: Tile, m: int, inter: int, k: int
+) -> None:
+    monkeypatch.setattr(products, "_tile", lambda m, n: tile)
+    x, weight = _uneven(m, k), _random(2 * inter, k, scale=0.05)
+    out = products.gated(x, weight, poisoned(m, inter, dtype=BF16), norm=_ahead(1, m), eps=EPS)
+    expected = _silu_mul(_normalized(x), weight)
+    assert relative_error(out, expected) < TOLERANCE[BF16]
+    assert not out[m // 2].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("m", "heads", "kv_heads", "k", "cache", "normed"),
+    [
+        pytest.param(300, 2, 1, 136, BF16, True, id="small"),
+        (5, 4, 2, 64, BF16, False),
+        (777, 14, 2, 896, FP8, True),
+        (8192, 16, 8, 1024, BF16, True),
+        (4100, 32, 8, 4096, FP8, False),
+        (8192, 0, 8, 4096, BF16, True),  # keys and values alone
+    ],
+)
+def test_qkv_of_normalized_rows(
+    products: ManyRows,
+    m: int,
+    heads: int,
+    kv_heads: int,
+    k: int,
+    cache: torch.dtype,
+    normed: bool,
+) -> None:
+    rope, layers = rope_case(m, heads, kv_heads, 128, BF16, cache, normed=normed)
+    rope = replace(rope, eps=EPS)
+    x, weight = _uneven(m, k), _random(rope.width, k, scale=0.05)
+    out = poisoned(m, heads, 128, dtype=BF16)
+    q = products.qkv(x, weight, rope, out, norm=_ahead(1, m))
+    expect_rotated(rope, layers, _normalized(x) @ weight.double().t(), q)
+
+
+@pytest.mark.gpu
+def test_a_norm_serves_one_product_and_gives_way_to_the_next(products: ManyRows) -> None:
+    x, weight = _uneven(512, 256), _random(512, 256, scale=0.05)
+    ahead = _ahead(2, 512)
+    outs = []
+    for _ in range(2):
+        outs.append(products.gated(x, weight, norm=ahead, eps=EPS))
+        ahead = ahead.behind()
+    assert torch.equal(*outs)
+    with pytest.raises(KernelError, match=r"norm: 0 left of torch\.bfloat16"):
+        products.gated(x, weight, norm=ahead, eps=EPS)
+    with pytest.raises(KernelError, match=r"norm: 1 left of torch\.float16"):
+        products.gated(x.half(), weight.half(), norm=_ahead(1, 512), eps=EPS)
+
+
+@pytest.mark.gpu
+def test_rows_that_are_not_finite_end_too(products: ManyRows) -> None:
+    """A scale of 0 is one that is not there yet: none may ever be."""
+    x, weight = _random(512, 256), _random(512, 256, scale=0.05)
+    x[3], x[5], x[7] = 3e38, float("inf"), float("nan")
+    out = products.gated(x, weight, norm=_ahead(1, 512), eps=EPS)
+    finite = out.isfinite().all(dim=1)
+    assert not finite[[5, 7]].any()
+    others = [row for row in range(512) if row not in (3, 5, 7)]
+    assert relative_error(out[others], _silu_mul(_normalized(x[others]), weight)) < TOLERANCE[BF16]
+
+
 @pytest.mark.gpu
 def test_the_same_bits_each_time_and_in_a_graph(products: ManyRows) -> None:
     x, weight = _random(4096, 1024), _random(6144, 1024)
     rope, layers = rope_case(4096, 32, 8, 128, BF16, BF16, normed=True)
 
     def run() -> tuple[Tensor, ...]:
-        return products.gated(x, weight), products.qkv(x, weight, rope), layers.clone()
+        ahead = _ahead(2, len(x))
+        gated = products.gated(x, weight, norm=ahead, eps=EPS)
+        q = products.qkv(x, weight, rope, norm=ahead.behind())
+        return gated, q, layers.clone()
 
     def expect_first(results: tuple[Tensor, ...]) -> None:
         for result, wanted in zip(results, first, strict=True):

@@ -57,7 +57,7 @@ class _Library:
         return 227 * 1024 if "BLOCK" in name else 228 * 1024
 
     def clusters_at_once(self, size: int) -> int:
-        return self.num_sms // 9 * 2
+        return {2: self.num_sms // 2, 4: self.num_sms // 9 * 2}[size]
 
     def get(self, source: str, function: str, defines: Any = None) -> _Library:
         self.asked.add(_key(Program(source, defines or {})))
@@ -120,6 +120,8 @@ def _launched(config: ModelConfig, kv_dtype: torch.dtype, library: Any) -> set[t
         _many=linear_many.ManyRows(library),
         _chunks_of=lambda _: chunks,
         _one=None,
+        _folded_norms=2 * config.num_layers * linear_many.applies_norms(library, config.dtype),
+        device=torch.device("meta"),
         _decode=lambda *_: None,
     )
     model = Qwen3(config, weights, 64, torch.device("meta"))
