@@ -60,6 +60,8 @@ class BatchTensors:
     kv_len: Tensor
     sample_tokens: Tensor
     sample_rows: Tensor
+    sample_positions: Tensor
+    sample_slots: Tensor
 
 
 def program(arena_macros: Mapping[str, int]) -> Program:
@@ -69,7 +71,7 @@ def program(arena_macros: Mapping[str, int]) -> Program:
 
 def allocate(num_tokens: int, num_rows: int, num_samples: int, device: int) -> BatchTensors:
     """Tensors for P tokens, R rows and S samples; sizes may be cut by slicing."""
-    sizes = [num_tokens] * 3 + [num_rows, num_rows + 1, num_rows] + [num_samples] * 2
+    sizes = [num_tokens] * 3 + [num_rows, num_rows + 1, num_rows] + [num_samples] * 4
     empty = (torch.zeros(n, dtype=torch.int32, device=f"cuda:{device}") for n in sizes)
     return BatchTensors(*empty)
 
@@ -85,11 +87,15 @@ class BatchExpander:
         self._param_words = arena_macros["PARAM_WORDS"]
         self._header_words = arena_macros["HEADER_WORDS"]
 
-    def __call__(self, arenas: Arenas, tables: BatchTables, batch: BatchTensors) -> None:
+    def __call__(
+        self, arenas: Arenas, tables: BatchTables, batch: BatchTensors, *, places: bool = False
+    ) -> None:
         """Take over the arena of the step after the one that `arenas.own` has, apply its updates to
         `tables`, then fill `batch` and pad it: tokens 0 at position 0 of slot 0, empty rows of the
         padding row, samples of token 0 and the padding row. Where no pinned arena is of that step,
         the one that `own` has is done again.
+
+        `places`: also sample_positions and sample_slots, which are left as they are without it.
 
         Real sizes are read on the device, so a captured launch serves every step that fits `batch`;
         the caller sees to it that it does.
@@ -112,6 +118,8 @@ class BatchExpander:
                 batch.kv_len,
                 batch.sample_tokens,
                 batch.sample_rows,
+                batch.sample_positions if places else None,
+                batch.sample_slots if places else None,
                 arenas.own,
                 tables.block_table,
                 tables.params,
@@ -138,6 +146,6 @@ class BatchExpander:
         require("params", tables.params, INT, (num_rows, self._param_words), device)
         require("last_token", tables.last_token, INT, (num_rows,), device)
         p, r, s = len(batch.tokens), len(batch.rows), len(batch.sample_rows)
-        sizes = (p, p, p, r, r + 1, r, s, s)
+        sizes = (p, p, p, r, r + 1, r, s, s, s, s)
         for field, size in zip(fields(BatchTensors), sizes, strict=True):
             require(field.name, getattr(batch, field.name), INT, (size,), device)

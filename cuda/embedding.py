@@ -42,7 +42,12 @@ embed = take_rows
 
 
 def embed_scaled(
-    kernels: KernelLibrary, table: Tensor, tokens: Tensor, gains: Tensor
+    kernels: KernelLibrary,
+    table: Tensor,
+    tokens: Tensor,
+    gains: Tensor,
+    *,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, ScaledRows]:
     """`embed` of [N, H] and [P] int32, and what `SkinnyLinear.linear_of_scaled` takes instead of
     rms_norm of that with `gains` [H]. bfloat16, as rows * gains must not overflow."""
@@ -53,7 +58,12 @@ def embed_scaled(
     (num_rows, hidden), count = table.shape, tokens.shape[0]
     require("gains", gains, (table.dtype,), (hidden,), device)
     require_vectors("gains", gains)
-    out, scaled = (table.new_empty(count, hidden) for _ in range(2))
+    scaled = table.new_empty(count, hidden)
+    if out is None:
+        out = table.new_empty(count, hidden)
+    else:
+        require("out", out, (table.dtype,), (count, hidden), device)
+        require_vectors("out", out)
     squares = torch.empty(1, count, dtype=torch.float32, device=table.device)
     which = norm.program(table.dtype, hidden, count)
     kernels.get(which.source, "embed_scaled", which.defines).launch(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -73,11 +74,13 @@ class CudaOps:
             scale=decoder.scale,
         )
 
-    def embed(self, table: Tensor, tokens: Tensor, norm: Tensor) -> Hidden:
+    def embed(
+        self, table: Tensor, tokens: Tensor, norm: Tensor, out: Tensor | None = None
+    ) -> Hidden:
         if self._skinny.takes_norms(tokens.shape[0], table.dtype):
-            x, left = embedding.embed_scaled(self._kernels, table, tokens, norm)
+            x, left = embedding.embed_scaled(self._kernels, table, tokens, norm, out=out)
             return Hidden(x, norm, left)
-        x, ahead = embedding.embed(self._kernels, table, tokens), None
+        x, ahead = embedding.embed(self._kernels, table, tokens, out=out), None
         if self._folded_norms and len(x) >= self._many.MIN_ROWS:
             ahead = NormsAhead.of(self._folded_norms, len(x), self.device)
         return Hidden(x, norm, ahead)
@@ -146,6 +149,19 @@ class CudaOps:
                 return self._many.qkv(x, layer.qkv, rope, norm=norm)
         qkv = self.linear(hidden, layer.qkv, layer.qkv_bias, eps=eps)
         return rope_cache(self._kernels, qkv, rope, early=early)
+
+    def keys_values(
+        self, hidden: Hidden, decoder: Decoder, index: int, batch: Batch, cache: KVCache
+    ) -> bool:
+        layer, head_dim = decoder.layers[index], decoder.head_dim
+        weight = layer.qkv[decoder.num_heads * head_dim :]
+        (m, dtype), (n, k) = (hidden.x.shape[0], hidden.x.dtype), weight.shape
+        fused = layer.qkv_bias is None and self._many.supports_qkv(m, n, k, head_dim, dtype)
+        if fused:
+            x, norm = self._for_many(hidden, decoder.eps)
+            rope = replace(self._rope(decoder, index, batch, cache), num_heads=0)
+            self._many.qkv(x, weight, rope, norm=norm)
+        return fused
 
     def _linear(
         self,

@@ -21,6 +21,8 @@ from zllm.runtime.kv_cache import KVCache
 from zllm.runtime.ops import Batch, Logits, Sampled
 from zllm.runtime.row_tables import RowTables
 
+_MANY_TOKENS = 4096
+"""Of a step: from here on the samples are a step of their own, too (runtime.ops.Batch)."""
 EDITS = layout.S_MIN_TOKENS | layout.S_PENALTIES | layout.S_BIAS
 """Features that change the logits before they are sampled."""
 
@@ -49,6 +51,7 @@ class CudaStep:
         self._expand = batch_kernels.BatchExpander(kernels, layout.MACROS)
         self._batch = batch_kernels.allocate(max_tokens, max_samples, max_samples, kernels.device)
         self._sampler = sampler.Sampler(kernels, layout.MACROS, dtype, vocab_size, max_samples)
+        self._one_each = torch.arange(max_samples + 1, dtype=torch.int32, device=self._device)
         self._tokens = torch.zeros(max_samples, dtype=torch.int32, device=self._device)
         self.hidden = torch.zeros(max_samples, hidden_size, dtype=dtype, device=self._device)
         """[max_samples, H]: where a step's body leaves the sampled tokens' hidden states."""
@@ -74,7 +77,7 @@ class CudaStep:
         self, num_tokens: int, num_rows: int, *, decode_only: bool, all_sample: bool
     ) -> Batch:
         """Expand the arena to the padded sizes, and plan the attention of all layers."""
-        whole = self._batch
+        whole, apart = self._batch, not decode_only and num_tokens >= _MANY_TOKENS
         sizes = batch_kernels.BatchTensors(
             whole.tokens[:num_tokens],
             whole.positions[:num_tokens],
@@ -84,8 +87,10 @@ class CudaStep:
             whole.kv_len[:num_rows],
             whole.sample_tokens[:num_rows],
             whole.sample_rows[:num_rows],
+            whole.sample_positions[:num_rows],
+            whole.sample_slots[:num_rows],
         )
-        self._expand(self.arenas, self._tables, sizes)
+        self._expand(self.arenas, self._tables, sizes, places=apart)
         work = self._attention.plan(
             sizes.rows, sizes.q_start, sizes.kv_len, num_tokens=num_tokens, decode_only=decode_only
         )
@@ -101,6 +106,28 @@ class CudaStep:
             block_table=self._tables.block_table,
             work=work,
             all_sample=all_sample,
+            samples=self._samples(sizes) if apart else None,
+        )
+
+    def _samples(self, step: batch_kernels.BatchTensors) -> Batch:
+        """The step's samples as one of decodes; padding stands at position 0 of slot 0."""
+        rows, positions = step.sample_rows, step.sample_positions
+        q_start = self._one_each[: len(rows) + 1]
+        work = self._attention.plan(
+            rows, q_start, positions, num_tokens=len(rows), decode_only=True
+        )
+        return Batch(
+            tokens=step.sample_tokens,
+            positions=positions,
+            slots=step.sample_slots,
+            rows=rows,
+            q_start=q_start,
+            kv_len=positions,
+            sample_tokens=q_start[:-1],
+            sample_rows=rows,
+            block_table=self._tables.block_table,
+            work=work,
+            all_sample=True,
         )
 
     def chunks_of(self, size: int) -> LogitChunks:

@@ -44,6 +44,10 @@ class Batch:
     all_sample: bool = False
     """Every token is its row's last and samples: sample_tokens is 0, 1, 2, … False where nobody
     has said so."""
+    samples: Batch | None = None
+    """The sampled tokens as a step of their own, of one token a row, for a layer in which nothing
+    else is read any more; None where that is not worth it. To be attended once the keys and values
+    of all tokens stand in the cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,8 +154,10 @@ class Ops(Protocol):
         is not faster so than by one operation after the other."""
         ...
 
-    def embed(self, table: Tensor, tokens: Tensor, norm: Tensor) -> Hidden:
-        """[V, H], [P], [H] -> [P, H]: the rows of the table."""
+    def embed(
+        self, table: Tensor, tokens: Tensor, norm: Tensor, out: Tensor | None = None
+    ) -> Hidden:
+        """[V, H], [P], [H] -> [P, H]: the rows of the table, in `out` where it is given."""
         ...
 
     def linear(
@@ -190,6 +196,13 @@ class Ops(Protocol):
         rotates both (Su et al. 2021, RoFormer; half-split pairs; cos_sin is float32 [max_len, D]:
         D/2 cosines then D/2 sines) and writes k and v to the tokens' slots of the layer's cache.
         """
+        ...
+
+    def keys_values(
+        self, hidden: Hidden, decoder: Decoder, index: int, batch: Batch, cache: KVCache
+    ) -> bool:
+        """`queries` without queries: only keys and values are made. False, and nothing has been
+        done, where the backend is not faster so."""
         ...
 
     def attention(

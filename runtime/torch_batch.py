@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -15,6 +17,9 @@ from zllm.runtime.row_tables import RowTables
 from zllm.runtime.torch_attention import plan_attention
 
 Arena = npt.NDArray[np.int32]
+
+_WORTHWHILE = 64
+"""Tokens more than samples, from which a step of the samples alone is worth to be planned."""
 
 
 def pairs(arena: Arena, count: int, offset: int) -> Tensor:
@@ -67,7 +72,7 @@ def prepare(arena: Arena, tables: RowTables, cache: KVCache, dtype: torch.dtype)
     row_of_token = torch.from_numpy(np.repeat(rows, lengths)).to(device)
     blocks = tables.block_table[row_of_token, device_positions // BLOCK_SIZE]
     slots = blocks * BLOCK_SIZE + device_positions % BLOCK_SIZE
-    return Batch(
+    batch = Batch(
         tokens=device_tokens,
         positions=device_positions,
         slots=slots,
@@ -87,6 +92,33 @@ def prepare(arena: Arena, tables: RowTables, cache: KVCache, dtype: torch.dtype)
             int(arena[layout.H_NUM_DECODES]),
             dtype,
         ),
+    )
+    if not len(sampled) or num_tokens < len(sampled) + _WORTHWHILE:
+        return batch
+    return replace(batch, samples=_samples(batch, cache, dtype))
+
+
+def _samples(batch: Batch, cache: KVCache, dtype: torch.dtype) -> Batch:
+    """The sampled tokens as a step of decodes."""
+    count = len(batch.sample_rows)
+    q_start = np.arange(count + 1, dtype=np.int32)
+    one_each = torch.from_numpy(q_start).to(batch.rows.device)
+    positions = batch.positions.index_select(0, batch.sample_tokens)
+    slots = batch.slots.index_select(0, batch.sample_tokens)
+    rows, kv_len = batch.sample_rows.cpu().numpy(), positions.cpu().numpy()
+    table = batch.block_table
+    return Batch(
+        tokens=batch.tokens.index_select(0, batch.sample_tokens),
+        positions=positions,
+        slots=slots,
+        rows=batch.sample_rows,
+        q_start=one_each,
+        kv_len=positions,
+        sample_tokens=one_each[:-1],
+        sample_rows=batch.sample_rows,
+        block_table=table,
+        work=plan_attention(cache, slots, table, rows, q_start, kv_len, count, dtype),
+        all_sample=True,
     )
 
 

@@ -24,8 +24,10 @@ class TorchOps:
     def decode(self, decoder: Decoder, batch: Batch, cache: KVCache) -> Tensor | None:
         return None
 
-    def embed(self, table: Tensor, tokens: Tensor, norm: Tensor) -> Hidden:
-        return Hidden(functional.embedding(tokens, table), norm)
+    def embed(
+        self, table: Tensor, tokens: Tensor, norm: Tensor, out: Tensor | None = None
+    ) -> Hidden:
+        return Hidden(self.take_rows(table, tokens, out), norm)
 
     def linear(
         self, hidden: Hidden, weight: Tensor, bias: Tensor | None = None, *, eps: float
@@ -62,13 +64,29 @@ class TorchOps:
     def queries(
         self, hidden: Hidden, decoder: Decoder, index: int, batch: Batch, cache: KVCache
     ) -> Tensor:
-        num_heads, num_kv_heads, head_dim = (
-            decoder.num_heads,
-            decoder.num_kv_heads,
-            decoder.head_dim,
-        )
+        return self._heads(hidden, decoder, index, batch, cache, decoder.num_heads)
+
+    def keys_values(
+        self, hidden: Hidden, decoder: Decoder, index: int, batch: Batch, cache: KVCache
+    ) -> bool:
+        self._heads(hidden, decoder, index, batch, cache, 0)
+        return True
+
+    def _heads(
+        self,
+        hidden: Hidden,
+        decoder: Decoder,
+        index: int,
+        batch: Batch,
+        cache: KVCache,
+        num_heads: int,
+    ) -> Tensor:
+        """`queries`, of the layer's last `num_heads` heads alone."""
         layer, cos_sin = decoder.layers[index], decoder.cos_sin
-        qkv = self.linear(hidden, layer.qkv, layer.qkv_bias, eps=decoder.eps)
+        num_kv_heads, head_dim = decoder.num_kv_heads, decoder.head_dim
+        rows = slice((decoder.num_heads - num_heads) * head_dim, None)
+        bias = None if layer.qkv_bias is None else layer.qkv_bias[rows]
+        qkv = self.linear(hidden, layer.qkv[rows], bias, eps=decoder.eps)
         heads = qkv.view(-1, num_heads + 2 * num_kv_heads, head_dim)
         q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
         if layer.q_norm is not None:

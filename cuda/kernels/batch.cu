@@ -65,8 +65,8 @@ __device__ __forceinline__ void list_samples(int* sample_tokens, int* sample_row
 // it.
 extern "C" __global__ void __launch_bounds__(kThreads)
 take_batch(int* tokens, int* positions, int* slots, int* rows, int* q_start, int* kv_len,
-           int* sample_tokens, int* sample_rows, int* own, int* block_table, int* params,
-           const int* last_token, const int* first, const int* second, int ahead, int max_blocks,
+           int* sample_tokens, int* sample_rows, int* sample_positions, int* sample_slots, int* own,
+           int* block_table, int* params, const int* last_token, const int* first, const int* second, int ahead, int max_blocks,
            int num_tokens, int num_rows, int num_samples, int pad_row) {
   __shared__ uint4 near[kThreads];
   __shared__ int which;
@@ -136,5 +136,13 @@ take_batch(int* tokens, int* positions, int* slots, int* rows, int* q_start, int
     tokens[t] = token;
     positions[t] = position;
     slots[t] = slot;
+  }
+  if (sample_positions == nullptr) return;
+  __syncthreads();  // positions and slots are there
+  for (int s = thread; s < num_samples; s += kThreads) {
+    const bool real = sample_rows[s] != pad_row;
+    const int t = sample_tokens[s];
+    sample_positions[s] = real ? positions[t] : 0;
+    sample_slots[s] = real ? slots[t] : 0;
   }
 }

@@ -96,12 +96,10 @@ class Qwen3:
         norms = (*(layer.input_norm for layer in layers[1:]), self.final_norm)
         few_sample = len(batch.sample_tokens) < len(batch.tokens)
         for index, (layer, next_norm) in enumerate(zip(layers, norms, strict=True)):
-            q = ops.queries(hidden, decoder, index, batch, cache)
-            attended = ops.attention(q, batch, cache, index, scale=decoder.scale)
             if few_sample and layer is layers[-1]:
-                # Of the others, nothing is read any more but the keys and values that they left.
-                hidden = Hidden(ops.take_rows(hidden.x, batch.sample_tokens, out), hidden.norm)
-                attended = ops.take_rows(attended, batch.sample_tokens)
+                hidden, attended = self._attend_samples(ops, hidden, index, batch, cache, out)
+            else:
+                attended = self._attend(ops, hidden, index, batch, cache)
             hidden = ops.add_linear(
                 hidden, attended, layer.output, layer.output_bias, norm=layer.post_norm
             )
@@ -110,6 +108,30 @@ class Qwen3:
         if few_sample or batch.all_sample:
             return hidden
         return Hidden(ops.take_rows(hidden.x, batch.sample_tokens, out), hidden.norm)
+
+    def _attend(self, ops: Ops, hidden: Hidden, index: int, batch: Batch, cache: KVCache) -> Tensor:
+        """[P, H] -> [P, Hq * D]; the layer's keys and values are written."""
+        q = ops.queries(hidden, self.decoder, index, batch, cache)
+        return ops.attention(q, batch, cache, index, scale=self.decoder.scale)
+
+    def _attend_samples(
+        self,
+        ops: Ops,
+        hidden: Hidden,
+        index: int,
+        batch: Batch,
+        cache: KVCache,
+        out: Tensor | None,
+    ) -> tuple[Hidden, Tensor]:
+        """[P, H] -> [S, H], [S, Hq * D]: the sampled tokens' part of `hidden` and `_attend`. Of the
+        others, nothing is read behind the last layer's attention but keys and values."""
+        picked, samples = batch.sample_tokens, batch.samples
+        if samples is not None and ops.keys_values(hidden, self.decoder, index, batch, cache):
+            taken = ops.embed(hidden.x, picked, hidden.norm, out)
+            return taken, self._attend(ops, taken, index, samples, cache)
+        attended = self._attend(ops, hidden, index, batch, cache)
+        taken = Hidden(ops.take_rows(hidden.x, picked, out), hidden.norm)
+        return taken, ops.take_rows(attended, picked)
 
     def logits(self, ops: Ops, hidden: Hidden) -> Logits:
         """What `forward` gives [S, H] -> [S, V], in the model's dtype."""

@@ -93,6 +93,8 @@ class _Step:
             "kv_len": (kv_len, 0),
             "sample_tokens": (q_start[sampled + 1] - 1, 0),
             "sample_rows": (rows[sampled], max_rows - 1),
+            "sample_positions": (positions[q_start[sampled + 1] - 1], 0),
+            "sample_slots": ((block * 16 + positions % 16)[q_start[sampled + 1] - 1], 0),
         }
 
 
@@ -130,7 +132,7 @@ def test_arena_becomes_the_padded_batch(
     expand(arenas, device, batch)  # an empty step, which also warms up what capture forbids
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        expand(arenas, device, batch)
+        expand(arenas, device, batch, places=True)
     arenas.own[layout.H_STEP] = 2**31 - 2  # the number after the next begins anew
     numbers = [2**31 - 1, 0, 1]
     for number, pinned in zip(numbers, (*arenas.pinned, arenas.pinned[0]), strict=True):
@@ -157,6 +159,20 @@ def _replay(
         assert np.all(got[len(expected) :] == padding), f"{name}: padding"
     for name in ("block_table", "params"):
         assert np.array_equal(getattr(device, name).cpu().numpy(), step.tables[name]), name
+
+
+def test_places_of_samples_are_left_alone_where_nobody_asks(kernels: KernelLibrary) -> None:
+    batch = allocate(16, 4, 4, kernels.device)
+    for field in fields(batch):
+        getattr(batch, field.name).fill_(-7)
+    tables = BatchTables(
+        *(torch.zeros(5, n, dtype=torch.int32, device="cuda") for n in (8, layout.PARAM_WORDS)),
+        torch.zeros(5, dtype=torch.int32, device="cuda"),
+    )
+    BatchExpander(kernels, layout.MACROS)(Arenas.allocate(100, kernels.device), tables, batch)
+    assert not (batch.sample_tokens == -7).any()
+    assert (batch.sample_positions == -7).all()
+    assert (batch.sample_slots == -7).all()
 
 
 def test_a_tensor_of_another_size_is_named(kernels: KernelLibrary) -> None:

@@ -87,34 +87,61 @@ def test_few_sequences_of_a_wide_model(tmp_path: Path) -> None:
     _check_logits(hf_model, save(hf_model, tmp_path), asked)
 
 
+@pytest.mark.parametrize(
+    ("lengths", "max_tokens", "step", "keys_alone"),
+    [
+        # The second of three steps has the end of one prompt and the beginning of the other.
+        ((2500, 1700), 2048, 2048, 0),
+        # One has them all, and so many that of the last layer only the keys and values are made.
+        ((2600, 2500, 1, 300), 8192, 5401, 1),
+    ],
+)
 def test_long_prompts_go_through_the_products_of_many_rows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    lengths: tuple[int, ...],
+    max_tokens: int,
+    step: int,
+    keys_alone: int,
 ) -> None:
-    """The second of three steps has the end of one prompt and the beginning of the other."""
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("these products are for Hopper")
     sizes = {"hidden_size": 256, "intermediate_size": 2048, "head_dim": 128}
     heads = {"num_attention_heads": 32, "num_key_value_heads": 8}
     hf_model = make_hf_model(seed=3, max_position_embeddings=4096, **sizes, **heads)
-    launched = Counter[int]()
+    launched = Counter[tuple[int, bool]]()
     qkv = ManyRows.qkv
 
-    def spy(self: ManyRows, x: torch.Tensor, *args: Any, **options: Any) -> Any:
+    def spy(
+        self: ManyRows, x: torch.Tensor, weight: torch.Tensor, rope: Any, **options: Any
+    ) -> Any:
         assert options["norm"] is not None, "the norm before it has no kernel of its own"
-        launched[len(x)] += 1
-        return qkv(self, x, *args, **options)
+        launched[len(x), rope.num_heads > 0] += 1
+        return qkv(self, x, weight, rope, **options)
 
     monkeypatch.setattr(ManyRows, "qkv", spy)
     draw = random.Random(5)
-    prompts = [[draw.randrange(VOCAB) for _ in range(length)] for length in (2500, 1700)]
+    prompts = [[draw.randrange(VOCAB) for _ in range(length)] for length in lengths]
     asked = [Request(prompt, 5, 0) for prompt in prompts]
-    _check_logits(hf_model, save(hf_model, tmp_path), asked, max_num_batched_tokens=2048)
-    assert launched[2048] == 2 * hf_model.config.num_hidden_layers
+    limits = {"max_num_batched_tokens": max_tokens, "num_kv_blocks": 400}
+    server = _server(save(hf_model, tmp_path), **limits)
+    launched.clear()  # of the steps that measure
+    _serve_and_check_logits(server, hf_model, asked)
+    steps = sum(lengths) // step
+    assert launched[step, True] == steps * (hf_model.config.num_hidden_layers - keys_alone)
+    assert launched[step, False] == steps * keys_alone
 
 
 def _check_logits(hf_model: Any, folder: Path, asked: list[Request], **options: Any) -> None:
     """Served in bfloat16, by steps of any size."""
-    server = Server(folder, device="cuda", dtype="bfloat16", enforce_eager=True, **options)
+    _serve_and_check_logits(_server(folder, **options), hf_model, asked)
+
+
+def _server(folder: Path, **options: Any) -> Server:
+    return Server(folder, device="cuda", dtype="bfloat16", enforce_eager=True, **options)
+
+
+def _serve_and_check_logits(server: Server, hf_model: Any, asked: list[Request]) -> None:
     for request, answer in zip(asked, server.serve(asked), strict=True):
         tokens = answer.tokens
         expected = all_logits(hf_model, [*request.prompt, *tokens])[len(request.prompt) - 1 : -1]

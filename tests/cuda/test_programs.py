@@ -131,8 +131,12 @@ def _launched(config: ModelConfig, kv_dtype: torch.dtype, library: Any) -> set[t
         def ints(count: int) -> Tensor:
             return torch.empty(count, dtype=torch.int32, device="meta")
 
-        by_token, by_row = [ints(tokens) for _ in range(3)], [ints(rows) for _ in range(4)]
-        batch = Batch(*by_token, by_row[0], ints(rows + 1), *by_row[1:], ints(1), None, all_sample)
+        def step(tokens: int, all_sample: bool, samples: Batch | None = None) -> Batch:
+            by_token, by_row = [ints(tokens) for _ in range(3)], [ints(rows) for _ in range(4)]
+            sizes = *by_token, by_row[0], ints(rows + 1), *by_row[1:], ints(1)
+            return Batch(*sizes, None, all_sample, samples)
+
+        batch = step(tokens, all_sample, step(rows, True) if tokens > rows else None)
         out = torch.empty(rows, config.hidden_size, dtype=config.dtype, device="meta")
         return model.forward(ops, batch, cache, out)
 
