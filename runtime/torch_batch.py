@@ -18,8 +18,9 @@ from zllm.runtime.torch_attention import plan_attention
 
 Arena = npt.NDArray[np.int32]
 
-_WORTHWHILE = 64
-"""Tokens more than samples, from which a step of the samples alone is worth to be planned."""
+_WORTHWHILE = 128
+"""Tokens more than samples from which on a step of the samples alone is worth being planned: with
+the embedded model 512 tokens take 7% less so, 1,500 take 11% less."""
 
 
 def pairs(arena: Arena, count: int, offset: int) -> Tensor:

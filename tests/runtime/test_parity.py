@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,11 @@ import torch
 
 from tests.runtime.checkpoints import VOCAB, all_logits, greedy, make_hf_model, save
 from tests.runtime.serving import Request, Server, random_prompts
+from zllm.runtime import torch_batch, torch_runner
+from zllm.runtime.loader import load_weights
+from zllm.runtime.models.parameters import Parameter, Weights, fold_norms
+from zllm.runtime.ops import Batch
+from zllm.runtime.torch_ops import TorchOps
 
 COUNT = 8
 LONG = 24
@@ -97,6 +104,59 @@ def test_every_size_of_chunk(chunk: int, caching: bool, folder_of: Any) -> None:
     assert server.longest_step <= chunk
     hits = server.scheduler.stats()["hit_tokens"]
     assert hits > 0 if caching else hits == 0
+
+
+@pytest.mark.parametrize("variant", ["gqa2", "attention-bias"])
+@pytest.mark.parametrize("chunk", [7, 48, 512])
+def test_the_last_layer_attends_for_samples_alone(
+    chunk: int, variant: str, folder_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However few tokens do not sample, of chunks that end within a prompt among others."""
+    monkeypatch.setattr(torch_batch, "_WORTHWHILE", 1)
+    attended: dict[int, set[bool]] = defaultdict(set)
+    attention = TorchOps.attention
+
+    def spy(self: TorchOps, q: torch.Tensor, batch: Batch, cache: Any, layer: int, **scale: Any):
+        attended[layer].add(batch.all_sample)
+        return attention(self, q, batch, cache, layer, **scale)
+
+    monkeypatch.setattr(TorchOps, "attention", spy)
+    server = Server(folder_of(variant), max_num_batched_tokens=chunk)
+    check(variant, server, [*PROMPTS[:6], SHARED, [*SHARED, 5, 6]], spacing=1)
+    assert attended == {0: {False}, 1: {False}, 2: {False, True}}
+
+
+def test_a_step_is_worth_its_samples_plan_only_from_some_size_on(folder_of: Any) -> None:
+    sizes: list[tuple[int, bool]] = []
+    server = Server(folder_of("gqa2"), enable_prefix_caching=False)
+    forward = server.runner.model.forward
+
+    def spy(ops: Any, batch: Batch, *args: Any) -> Any:
+        sizes.append((len(batch.tokens), batch.samples is not None))
+        return forward(ops, batch, *args)
+
+    server.runner.model.forward = spy
+    for length in (128, 129):
+        check("gqa2", server, [list(range(90)) + [3] * (length - 90)], spacing=0, count=1)
+    assert sizes == [(128, False), (129, True)]
+
+
+def test_gains_of_norms_may_stand_in_the_weights(
+    folder_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As they do on a GPU that applies norms without gains."""
+
+    def folded(folder: Path, parameters: Iterable[Parameter], *where: Any) -> Weights:
+        known = list(parameters)
+        weights = load_weights(folder, known, *where)
+        assert fold_norms(weights, known) == 2 * 3
+        for name, weight in weights.items():
+            ones = name.endswith(("input_norm", "post_norm"))
+            assert ones == bool((weight == 1).all()), name
+        return weights
+
+    monkeypatch.setattr(torch_runner, "load_weights", folded)
+    check("attention-bias", Server(folder_of("attention-bias")), PROMPTS[:4], spacing=1)
 
 
 @pytest.mark.parametrize("caching", [True, False])
