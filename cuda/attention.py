@@ -127,7 +127,7 @@ class PagedAttention:
         rows, kv_len: int32 [R]; q_start: int32 [R + 1]; see runtime.ops.Batch. num_tokens: of the
         step, padding included. decode_only: no row has more than one token, so that `run` leaves
         the prefill kernel out. What the cache holds of decode rows, their new tokens apart, stands
-        there before the plan is made: `run` reads it without waiting for what lies between.
+        there before `make_lists`: `run` reads it without waiting for what lies between.
         """
         device = self._shares.device
         for name, tensor, size in (

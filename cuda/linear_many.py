@@ -101,8 +101,12 @@ class ManyRows:
     def supports_qkv(self, m: int, n: int, k: int, head_dim: int, dtype: torch.dtype) -> bool:
         """The same of `qkv`. Further rounds hide how a round's tiles end: it takes three."""
         several = WIDE.count(m, n) > 2 * self._clusters
-        fits = self._takes(m, k, dtype) and head_dim == HEAD_DIM and n % HEAD_DIM == 0
-        return fits and several and WIDE.useful_share(m, n, self._clusters) >= _MIN_USEFUL
+        useful = WIDE.useful_share(m, n, self._clusters) >= _MIN_USEFUL
+        return several and useful and self.takes_qkv(m, n, k, head_dim, dtype)
+
+    def takes_qkv(self, m: int, n: int, k: int, head_dim: int, dtype: torch.dtype) -> bool:
+        """Whether there is a kernel for `qkv` at all."""
+        return self._takes(m, k, dtype) and head_dim == HEAD_DIM and n % HEAD_DIM == 0
 
     def _takes(self, m: int, k: int, dtype: torch.dtype) -> bool:
         return self._library.hopper and dtype in _DTYPES and k % 8 == 0 and m >= self.MIN_ROWS

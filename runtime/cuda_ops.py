@@ -156,7 +156,8 @@ class CudaOps:
         layer, head_dim = decoder.layers[index], decoder.head_dim
         weight = layer.qkv[decoder.num_heads * head_dim :]
         (m, dtype), (n, k) = (hidden.x.shape[0], hidden.x.dtype), weight.shape
-        fused = layer.qkv_bias is None and self._many.supports_qkv(m, n, k, head_dim, dtype)
+        # However its tiles fill the last round, all queries and their attention would take longer.
+        fused = layer.qkv_bias is None and self._many.takes_qkv(m, n, k, head_dim, dtype)
         if fused:
             x, norm = self._for_many(hidden, decoder.eps)
             rope = replace(self._rope(decoder, index, batch, cache), num_heads=0)

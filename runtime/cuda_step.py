@@ -110,7 +110,8 @@ class CudaStep:
         )
 
     def _samples(self, step: batch_kernels.BatchTensors) -> Batch:
-        """The step's samples as one of decodes; padding stands at position 0 of slot 0."""
+        """The step's samples as one of decodes; padding stands at position 0 of slot 0. Whatever
+        attends for it first makes its lists, behind the keys of all tokens."""
         rows, positions = step.sample_rows, step.sample_positions
         q_start = self._one_each[: len(rows) + 1]
         work = self._attention.plan(

@@ -17,6 +17,7 @@
 // Macros: SCALAR, COLUMNS (a multiple of 16), STAGES (of 64 k), NORM (0 or 1).
 #pragma once
 #include "cluster.cuh"
+#include "row_scales.cuh"
 #include "tensor_copy.cuh"
 #include "wgmma.cuh"
 
@@ -49,49 +50,6 @@ __device__ __forceinline__ Place place_of(int index, int pairs, int tiles, u32 r
 // Which of the threads that end tiles this is.
 __device__ __forceinline__ int end_thread() { return threadIdx.x - (kThreads - kEndThreads); }
 
-// The norm before the products. Every row's scale is made by one warp of the grid, all of which run at
-// once, and is its own sign of being there: it is 0 before, and never then.
-struct Norm {
-  const SCALAR* x;  // [m, k]
-  float* scales;    // [m] zeros, which become 1 / sqrt(mean(x^2) + eps)
-  float eps;
-
-  // By a warp, of two rows at once, since each waits for memory; they may be the same.
-  __device__ __forceinline__ void make(int one, int two, int k) const {
-    constexpr int kVec = Vec<SCALAR>::size, kAtOnce = 4, kStep = 32 * kVec;
-    const int rows[2] = {one, two};
-    float squares[2] = {};
-#pragma unroll 1
-    for (int first = threadIdx.x % 32 * kVec; first < k; first += kAtOnce * kStep) {
-      Vec<SCALAR> part[2][kAtOnce] = {};
-#pragma unroll
-      for (int r = 0; r < 2; ++r)
-#pragma unroll
-        for (int i = 0; i < kAtOnce; ++i)
-          if (first + i * kStep < k)
-            part[r][i] = load_vec_from_l2(x + i64(rows[r]) * k + first + i * kStep);
-#pragma unroll
-      for (int r = 0; r < 2; ++r)
-#pragma unroll
-        for (int i = 0; i < kAtOnce; ++i)
-#pragma unroll
-          for (int j = 0; j < kVec; ++j) squares[r] += part[r][i][j] * part[r][i][j];
-    }
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float scale = rsqrtf(warp_sum(squares[r]) / static_cast<float>(k) + eps);
-      // The least instead of 0, which squares beyond float32 would give.
-      if (threadIdx.x % 32 == 0) __stcg(scales + rows[r], scale == 0.f ? 1.17549435e-38f : scale);
-    }
-  }
-
-  __device__ __forceinline__ float look(int row) const {
-    float scale;
-    asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(scale) : "l"(scales + row) : "memory");
-    return scale;
-  }
-};
-
 #if __CUDA_ARCH_FEAT_SM90_ALL
 // The box at (column, row), for both thread blocks.
 __device__ __forceinline__ void copy_to_both(u32 to, const TensorMap& map, int column, int row,
@@ -109,7 +67,7 @@ __device__ __forceinline__ void copy_to_both(u32 to, const TensorMap& map, int c
 // wait(), and what each is to be multiplied by, with NORM.
 template <typename End>
 __device__ __forceinline__ void multiply(const TensorMap& x_map, const TensorMap& w_map,
-                                         const Norm& norm, int m, int k, int tiles, int stride,
+                                         const Norm<SCALAR>& norm, int m, int k, int tiles, int stride,
                                          int apart, const End& end) {
   extern __shared__ __align__(1024) u8 memory[];
   const u32 ring = shared_address(memory);
@@ -189,28 +147,15 @@ __device__ __forceinline__ void multiply(const TensorMap& x_map, const TensorMap
       }
     }
   } else if (end_thread() >= 0) {
-    const int warps = gridDim.x * kEndWarps;
-    int mine = blockIdx.x * kEndWarps + end_thread() / 32;  // the next row whose scale this warp makes
+    RowScales<SCALAR, kRows, kEndThreads> row_scales(norm, m, k, end_thread());
     Place place = place_of(first, pairs, tiles, rank);
-    float ahead[2] = {};  // the scales of this thread's rows of a tile, looked for while another ended
-    const auto row_of = [&](int i) { return end_thread() + i * kEndThreads; };
     for (int index = first; index < pairs * tiles; index += clusters) {
-      const Place next = place_of(index + clusters, pairs, tiles, rank);
+      const Place next = place_of(min(index + clusters, pairs * tiles - 1), pairs, tiles, rank);
       if (NORM) {
-        // All of this tile's band, so that nobody waits for a row whose warp waits for a later one; and
-        // what the next round of tiles needs.
-        const int until = min(m, ((index + clusters) / tiles + kBand + 1) * 2 * kRows);
-        for (; mine < until; mine += 2 * warps)
-          norm.make(mine, mine + warps < m ? mine + warps : mine, k);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          if (row_of(i) >= kRows) continue;
-          while (ahead[i] == 0.f) ahead[i] = norm.look(min(place.row + row_of(i), m - 1));
-          scales[row_of(i)] = ahead[i];
-        }
-        asm volatile("bar.sync 1, %0;" ::"n"(kEndThreads) : "memory");
-#pragma unroll
-        for (int i = 0; i < 2; ++i) ahead[i] = norm.look(min(next.row + row_of(i), m - 1));
+        // This tile's whole band is made before it is waited for, and what the next round needs.
+        const int until = ((index + clusters) / tiles + kBand + 1) * 2 * kRows;
+        row_scales.take(place.row, until, scales);
+        row_scales.look_for(next.row);
       }
       end(place, [&] { barrier_wait(filled, buffer.parity); }, rounded, scales);
       scales += buffer.parity == 0 ? kRows : -kRows;

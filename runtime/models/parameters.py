@@ -25,7 +25,8 @@ class Parameter:
     copy: str | None = None
     """A tensor of the checkpoint that holds the same once more, where it is there at all."""
     norm: str | None = None
-    """The gains of the RMSNorm behind which this matrix alone stands, a parameter of [columns]."""
+    """The gains of the RMSNorm behind which this matrix alone stands, a parameter of [columns]. All
+    norms within the layers are named so, or none."""
 
 
 def linear(

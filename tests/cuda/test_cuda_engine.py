@@ -88,12 +88,14 @@ def test_few_sequences_of_a_wide_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("lengths", "max_tokens", "step", "keys_alone"),
+    ("lengths", "max_tokens", "steps", "keys_alone"),
     [
         # The second of three steps has the end of one prompt and the beginning of the other.
-        ((2500, 1700), 2048, 2048, 0),
+        ((2500, 1700), 2048, [2048, 2048], 0),
         # One has them all, and so many that of the last layer only the keys and values are made.
-        ((2600, 2500, 1, 300), 8192, 5401, 1),
+        ((2600, 2500, 1, 300), 8192, [5401], 1),
+        # The first one ends within a prompt; the second has a decode, and the rest of it.
+        ((4400, 4700), 5000, [5000, 4101], 1),
     ],
 )
 def test_long_prompts_go_through_the_products_of_many_rows(
@@ -101,14 +103,14 @@ def test_long_prompts_go_through_the_products_of_many_rows(
     monkeypatch: pytest.MonkeyPatch,
     lengths: tuple[int, ...],
     max_tokens: int,
-    step: int,
+    steps: list[int],
     keys_alone: int,
 ) -> None:
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("these products are for Hopper")
     sizes = {"hidden_size": 256, "intermediate_size": 2048, "head_dim": 128}
     heads = {"num_attention_heads": 32, "num_key_value_heads": 8}
-    hf_model = make_hf_model(seed=3, max_position_embeddings=4096, **sizes, **heads)
+    hf_model = make_hf_model(seed=3, max_position_embeddings=8192, **sizes, **heads)
     launched = Counter[tuple[int, bool]]()
     qkv = ManyRows.qkv
 
@@ -123,13 +125,15 @@ def test_long_prompts_go_through_the_products_of_many_rows(
     draw = random.Random(5)
     prompts = [[draw.randrange(VOCAB) for _ in range(length)] for length in lengths]
     asked = [Request(prompt, 5, 0) for prompt in prompts]
-    limits = {"max_num_batched_tokens": max_tokens, "num_kv_blocks": 400}
+    limits = {"max_num_batched_tokens": max_tokens, "num_kv_blocks": 600}
     server = _server(save(hf_model, tmp_path), **limits)
     launched.clear()  # of the steps that measure
     _serve_and_check_logits(server, hf_model, asked)
-    steps = sum(lengths) // step
-    assert launched[step, True] == steps * (hf_model.config.num_hidden_layers - keys_alone)
-    assert launched[step, False] == steps * keys_alone
+    layers = hf_model.config.num_hidden_layers
+    expected = [
+        (tokens, layer < layers - keys_alone) for tokens in steps for layer in range(layers)
+    ]
+    assert launched == Counter(expected)
 
 
 def _check_logits(hf_model: Any, folder: Path, asked: list[Request], **options: Any) -> None:

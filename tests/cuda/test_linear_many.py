@@ -11,7 +11,8 @@ from torch import Tensor
 
 from tests.cuda.accuracy import TOLERANCE, poisoned, relative_error
 from tests.cuda.rotation import FP8, expect_rotated, rope_case
-from zllm.cuda.compiler import Compiler
+from zllm.cuda import linear_many
+from zllm.cuda.compiler import Compiler, Program
 from zllm.cuda.launcher import KernelLibrary
 from zllm.cuda.linear_many import NARROW, WIDE, ManyRows, NormsAhead, Tile, programs
 from zllm.errors import KernelError
@@ -211,6 +212,23 @@ def test_a_norm_serves_one_product_and_gives_way_to_the_next(products: ManyRows)
 
 
 @pytest.mark.gpu
+def test_a_thread_block_that_waits_in_vain_helps_itself(
+    products: ManyRows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here after one look, where usually it is some 10 ms."""
+    x, weight = _uneven(5000, 1024), _random(6144, 1024, scale=0.05)
+    patient = products.gated(x, weight, norm=_ahead(1, 5000), eps=EPS)
+    plain = linear_many.gated_program
+
+    def impatient(dtype: torch.dtype, tile: Tile, norm: bool) -> Program:
+        which = plain(dtype, tile, norm)
+        return Program(which.source, {**which.defines, "PATIENCE": 1})
+
+    monkeypatch.setattr(linear_many, "gated_program", impatient)
+    assert torch.equal(products.gated(x, weight, norm=_ahead(1, 5000), eps=EPS), patient)
+
+
+@pytest.mark.gpu
 def test_rows_that_are_not_finite_end_too(products: ManyRows) -> None:
     """A scale of 0 is one that is not there yet: none may ever be."""
     x, weight = _random(512, 256), _random(512, 256, scale=0.05)
@@ -247,6 +265,11 @@ def test_the_same_bits_each_time_and_in_a_graph(products: ManyRows) -> None:
     layers.zero_()
     graph.replay()
     expect_first(in_graph)
+    # Of other rows, the scales are others: none may be left of those before.
+    x.copy_(_uneven(*x.shape))
+    graph.replay()
+    for result, wanted in zip(in_graph, run(), strict=True):
+        assert torch.equal(result, wanted)
 
 
 @pytest.mark.gpu
