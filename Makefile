@@ -25,7 +25,8 @@ lint: build
 	ln -s $(CURDIR)/zllm/* $(addprefix $(CURDIR)/,runtime service clients cuda) build/typing/zllm/
 	ln -s $(CURDIR)/cython build/typing/zllm/native
 	ln -s $(wildcard $(CURDIR)/build/cp3*/stubs/zllm/v1) build/typing/zllm/v1
-	$(BIN)/mypy
+	$(BIN)/mypy -p zllm
+	$(BIN)/mypy benchmarks
 	PATH=$(abspath $(BIN)):$$PATH cython-lint cython
 	cd protos && $(abspath $(BIN))/buf lint
 

@@ -12,7 +12,7 @@ import os
 import signal
 import struct
 import time
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeAlias
 
 import grpc
 from rate_engine import DISTINCT
@@ -21,7 +21,7 @@ from zllm.service.event_loop import run_on_loop, spare_garbage_collection
 from zllm.service.polling_thread import let_it_wait
 from zllm.v1 import generation_pb2
 
-Context = grpc.aio.ServicerContext[bytes, bytes]
+Context: TypeAlias = "grpc.aio.ServicerContext[bytes, bytes]"
 
 
 class Bare:

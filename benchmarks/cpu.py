@@ -21,6 +21,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,7 +54,8 @@ def make_model(folder: Path) -> Qwen3ForCausalLM:
         eos_token_id=None,
         pad_token_id=None,
     )
-    model = Qwen3ForCausalLM(config).eval()
+    model = Qwen3ForCausalLM(config)
+    model.train(False)
     model.save_pretrained(folder)
     return model
 
@@ -71,7 +73,7 @@ class Run:
         return float(1.0 / np.quantile(np.diff(self.times), 0.25))
 
 
-class _Clock(BaseStreamer):  # type: ignore[misc]
+class _Clock(BaseStreamer):
     """Notes when `generate` has a token. Its first call is the prompt."""
 
     def __init__(self) -> None:
@@ -98,7 +100,8 @@ class Theirs:
         for prompt in prompts:
             tokens = torch.tensor([prompt])
             clock = _Clock()
-            out = self.model.generate(
+            model: Any = self.model
+            out = model.generate(
                 tokens,
                 attention_mask=torch.ones_like(tokens),
                 max_new_tokens=count,

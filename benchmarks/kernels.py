@@ -16,6 +16,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 
@@ -66,7 +67,7 @@ def seconds(call: Call, repeats: int = 15) -> float:
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) / 1e3)
-    return statistics.median(times)
+    return float(statistics.median(times))
 
 
 def copy_bandwidth() -> float:
@@ -111,8 +112,8 @@ def rows_cases(kernels: KernelLibrary) -> Iterator[Case]:
             return lambda: rms_norm(kernels, x, weight, 1e-6, out=out)
 
         size = rows * hidden * 2
-        yield Case(f"rms_norm {rows} x {hidden}", 2 * size, lambda f=norm: f(False))
-        yield Case(f"add_rms_norm {rows} x {hidden}", 4 * size, lambda f=norm: f(True))
+        yield Case(f"rms_norm {rows} x {hidden}", 2 * size, partial(norm, False))
+        yield Case(f"add_rms_norm {rows} x {hidden}", 4 * size, partial(norm, True))
     for rows, inter in (
         *((n, 3072) for n in (1, 256, 8192, 32768)),
         (8192, 9728),
@@ -239,7 +240,8 @@ def step_cases(kernels: KernelLibrary) -> Iterator[Case]:
             sampler = Sampler(kernels, arena.MACROS, BF16, VOCAB, rows)
             logits = torch.randn(rows, VOCAB, device="cuda").to(BF16)
             chosen = torch.randint(VOCAB, (rows,), device="cuda", dtype=INT)
-            return lambda: sampler.logprobs(logits, chosen, top)
+            out = sampler.allocate_logprobs(rows, top)
+            return lambda: sampler.logprobs(logits, chosen, out)
 
         yield Case(f"logprobs {rows} x {VOCAB}, top {top}", rows * VOCAB * 2, logprobs)
 

@@ -117,7 +117,7 @@ def median_seconds(run: Callable[[], object], repeats: int = 11, warm_ups: int =
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) / 1e3)
-    return statistics.median(times)
+    return float(statistics.median(times))
 
 
 def graph_of(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
@@ -208,7 +208,12 @@ def measure(
             )
 
     seconds = median_seconds(graph_of(all_layers).replay) / layers
-    plan_graph = graph_of(lambda: [attention.make_lists(work) for _ in range(8)])
+
+    def all_lists() -> None:
+        for _ in range(8):
+            attention.make_lists(work)
+
+    plan_graph = graph_of(all_lists)
     plan_seconds = median_seconds(plan_graph.replay) / 8
     if shape.decode_only:
         rate, ceiling, limit = shape.kv_bytes / seconds, report.copy_bytes_per_s, "bandwidth"

@@ -23,7 +23,7 @@ from zllm.runtime.cuda_ops import CudaOps
 from zllm.runtime.kv_cache import KVCache, allocate_kv_cache
 from zllm.runtime.loader import dummy_weights
 from zllm.runtime.model_config import ModelConfig
-from zllm.runtime.models.registry import model_class
+from zllm.runtime.models.qwen3 import Qwen3
 from zllm.runtime.ops import Batch, Decoder
 
 MODELS = ("0.6b", "4b", "8b")
@@ -46,9 +46,8 @@ class Bench:
         folder = Path(__file__).parent / "models" / f"qwen3-{name}"
         self.config = config = ModelConfig.from_folder(folder)
         device, dtype = torch.device("cuda", kernels.device), torch.bfloat16
-        model = model_class(config)
-        weights = dummy_weights(list(model.parameters(config)), dtype, device, std=0.02, seed=0)
-        self.model = model(config, weights, config.max_position_embeddings, device)
+        weights = dummy_weights(list(Qwen3.parameters(config)), dtype, device, std=0.02, seed=0)
+        self.model = Qwen3(config, weights, config.max_position_embeddings, device)
         self.blocks = max(count * -(-length // 16) for count, length in BATCHES[name])
         self.cache = allocate_kv_cache(config, self.blocks + 1, dtype, device)
         self.cache.data.normal_()

@@ -70,7 +70,7 @@ def time_graph(body: Callable[[], object], target_ms: float = 5.0) -> float:
             graph.replay()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / times
+        return float(start.elapsed_time(end)) / times
 
     times = max(1, round(target_ms / run(2)))
     return median(run(times) for _ in range(5))

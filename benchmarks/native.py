@@ -21,6 +21,7 @@ from nano_loop import Loop
 
 from zllm.native.prefix_cache import PrefixCache
 from zllm.native.scheduler import Scheduler
+from zllm.native.step_objects import Plan
 
 REPEATS = 9
 BLOCK = 16
@@ -76,15 +77,21 @@ def step_cost(num_seqs: int, prompt_len: int = 64, steps: int = 160) -> float:
         )
     arenas = [np.zeros(scheduler.arena_words, np.int32) for _ in range(2)]
     tokens = rng.integers(1, 1000, num_seqs, dtype=np.int32)
-    plan = scheduler.plan(0.0, arenas[0])
+
+    def planned(arena: int) -> Plan:
+        plan = scheduler.plan(0.0, arenas[arena])
+        assert plan is not None, "there is always work"
+        return plan
+
+    plan = planned(0)
     while scheduler.stats()["waiting"]:
         scheduler.commit(plan, tokens, 0.0)
-        plan = scheduler.plan(0.0, arenas[0])
+        plan = planned(0)
 
     def run() -> None:
         nonlocal plan
         for turn in range(steps):
-            following = scheduler.plan(0.0, arenas[turn & 1])
+            following = planned(turn & 1)
             scheduler.commit(plan, tokens, 0.0)
             plan = following
 

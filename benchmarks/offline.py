@@ -56,7 +56,7 @@ def ceilings() -> dict[str, float]:
             end.record()
             end.synchronize()
             times.append(start.elapsed_time(end) / 1e3)
-        return statistics.median(times)
+        return float(statistics.median(times))
 
     copy = timed(lambda: target.copy_(source), 10)
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))

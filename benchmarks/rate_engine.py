@@ -97,6 +97,9 @@ class RateEngine:
     def stats(self) -> EngineStats:
         return EngineStats()
 
+    def flush_cache(self) -> int:
+        return 0
+
     def check(self) -> str | None:
         return None
 

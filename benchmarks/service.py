@@ -176,7 +176,8 @@ def _connections(load: Load, frontends: int) -> int:
 
 
 def _cpu_seconds(processes: list[psutil.Process]) -> float:
-    return sum(t.user + t.system for t in (process.cpu_times() for process in processes))
+    times = [process.cpu_times() for process in processes]
+    return float(sum(time.user + time.system for time in times))
 
 
 def _memory(processes: list[psutil.Process]) -> int:

@@ -25,7 +25,7 @@ import time
 import urllib.request
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import grpc
 import matplotlib
@@ -74,7 +74,7 @@ class Sampler:
     async def take(self) -> Sample:
         """Reads the metrics, too, as Prometheus does all the time."""
         page = await asyncio.to_thread(_read, self._metrics_url)
-        preemptions = float(re.search(r"^zllm:num_preemptions_total\{.*\} (\S+)", page, re.M)[1])
+        (preemptions,) = re.findall(r"^zllm:num_preemptions_total\{.*\} (\S+)", page, re.M)
         (load,) = (await self._admin.GetLoad(admin_pb2.GetLoadRequest())).loads
         (engine,) = [c for c in self._service.children() if "engine.sock" in " ".join(c.cmdline())]
         return Sample(
@@ -85,7 +85,7 @@ class Sampler:
             engine_fds=engine.num_fds(),
             tasks=len(asyncio.all_tasks()),
             blocks_free=load.kv_blocks_free,
-            preemptions=preemptions,
+            preemptions=float(preemptions),
             running=load.running_requests,
             queued=load.queued_requests,
             tokens_per_s=load.tokens_per_second,
@@ -115,7 +115,7 @@ async def put_under_load(target: str, seconds: float, seed: int) -> dict[str, in
     return ends
 
 
-async def soak(minutes: float, device: str) -> dict[str, Any]:
+async def soak(minutes: float, device: Literal["cpu", "cuda"]) -> dict[str, Any]:
     lines: list[str] = []
     # So few blocks that requests give theirs up, by recomputation and by swap.
     engine = EngineConfig(
@@ -200,7 +200,7 @@ def main() -> int:
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=20.0)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, help="the path of both files, without its ending")
     options = parser.parse_args()
     date = time.strftime("%Y-%m-%d")
