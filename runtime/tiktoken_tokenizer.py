@@ -159,6 +159,8 @@ def _ranks(model: dict[str, Any], added: list[AddedToken]) -> dict[bytes, int]:
         if len(listed.tokenize(token)) != 1:
             raise NotByteLevelBPEError(f"its merges do not reach the token {token!r}")
     made = {**{char: vocab[char] for char in BYTE_CHARS}, **dict(zip(merged, ids, strict=True))}
+    if len({*made.values()}) < len(made):
+        raise NotByteLevelBPEError("two of its tokens have the same id")
     if model.get("ignore_merges"):
         # A piece that is in the vocabulary is one token, merges or not. tiktoken would make that
         # token inside longer pieces, too. No piece is an added token: those are cut out before.

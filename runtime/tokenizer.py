@@ -91,6 +91,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             return TiktokenTokenizer(file, special)
         except NotByteLevelBPEError:
             return HFTokenizer(content, special)
-    # `tokenizers` raises bare Exceptions; a file with a missing key gives the others.
-    except Exception as error:
+    # `tokenizers` raises bare Exceptions, and what is none where its Rust code panics; a file with
+    # a missing key gives the others.
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise ModelLoadError(f"{path} is no tokenizer that can be used: {error}") from error

@@ -16,6 +16,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from tests.runtime.texts import PHRASES, generated_texts
 from zllm.errors import InvalidRequest, ModelLoadError
+from zllm.runtime.byte_level import BYTE_CHARS
 from zllm.runtime.embedded import EMBEDDED_MODEL
 from zllm.runtime.hf_tokenizer import HFTokenizer
 from zllm.runtime.tiktoken_tokenizer import MAX_WHITESPACE_RUN, TiktokenTokenizer
@@ -189,6 +190,18 @@ def with_entries(
     return tokenizers.Tokenizer.from_str(json.dumps(file))
 
 
+def test_tokens_of_one_id_go_to_tokenizers(tmp_path: Path) -> None:
+    # tiktoken panics, and its exception is no Exception.
+    reference = trained(pre_tokenizers.ByteLevel(add_prefix_space=False))
+    file = json.loads(reference.to_str())
+    vocab = file["model"]["vocab"]
+    vocab[BYTE_CHARS[200]] = max(vocab.values())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+    ours = load_tokenizer(tmp_path)
+    assert isinstance(ours, HFTokenizer)
+    assert_same_ids(ours, tokenizers.Tokenizer.from_str(json.dumps(file)), 100)
+
+
 def test_an_entry_that_no_merge_makes_has_its_text(tmp_path: Path) -> None:
     gpt2 = trained(pre_tokenizers.ByteLevel(add_prefix_space=False))
     # The last two are not written in bytes.
@@ -346,4 +359,12 @@ def test_a_folder_without_a_tokenizer_says_what_to_do(tmp_path: Path) -> None:
 def test_a_corrupt_file_is_named(content: str, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(content, encoding="latin-1")
     with pytest.raises(ModelLoadError, match=r"tokenizer\.json"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_file_on_which_the_library_panics_is_named(tmp_path: Path) -> None:
+    file = json.loads(trained(pre_tokenizers.ByteLevel()).to_str())
+    file["model"]["continuing_subword_prefix"] = "##"  # longer than what its merges join
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+    with pytest.raises(ModelLoadError, match=r"tokenizer\.json is no tokenizer that can be used"):
         load_tokenizer(tmp_path)
