@@ -109,12 +109,14 @@ class TorchRunner:
         num_rows = int(arena[layout.H_NUM_ROWS])
         start = arena[layout.H_FLAGS]
         samples = arena[start : start + num_rows] & layout.F_SAMPLE != 0
+        # Before _sample scrubs: the table of a row that fails may still name blocks that are a
+        # chunk's by now, and without its NaN the chunk would pass.
+        failed = None if samples.all() else self._failed_chunks(batch, ~samples)
         result = StepResult(np.zeros(num_rows, np.int32))
         if samples.any():
             sampled = self._sample(arena, batch, hidden)
             result = _by_row(sampled, num_rows, np.flatnonzero(samples))
-        if not samples.all():
-            failed = self._failed_chunks(batch, ~samples)
+        if failed is not None:
             result.tokens[failed] = -1
         return result
 

@@ -153,6 +153,22 @@ def test_a_chunk_that_is_not_finite_fails_before_its_blocks_are_shared(runner, h
     assert runner.run(step.pack()).tokens.tolist() == greedy(hf_model, PROMPT, 1)
 
 
+def test_a_chunk_fails_though_the_table_of_another_failing_row_names_its_block(runner):
+    runner.run(prefill(0, [1, 2, 3]).pack())
+    runner.run(prefill(1, [4, 5, 6]).pack())
+    runner.cache.keys[0][1] = torch.nan
+    runner.cache.keys[0][4] = torch.nan
+    stale = [(0, 3, 5)]  # what is left of an earlier owner of the row
+    step = Step(
+        [
+            Row(0, [0], len(PROMPT), on_device=True),
+            Row(1, PROMPT[16:32], 16, sample=False),
+        ],
+        stale,
+    )
+    assert runner.run(step.pack()).tokens.tolist() == [-1, -1]
+
+
 def test_decodes_of_very_different_lengths_run_in_one_step(runner, hf_model):
     long = [token % 97 for token in range(200)]
     runner.run(prefill(0, list(range(1, 14)), tokens=long).pack())
