@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 from zllm.errors import InvalidRequest
@@ -13,6 +14,9 @@ MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 64
 MAX_STOP_TOKEN_IDS = 1024
 _SEED_LIMIT = 2**64
+_NUMBERS = (
+    "temperature", "top_p", "top_k", "min_p", "seed", "max_tokens", "min_tokens", "logprobs",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +52,9 @@ class SamplingParams:
         stop = _as_tuple("stopping.stop_strings", given)
         object.__setattr__(self, "stop", stop)
         ids = _as_tuple("stopping.stop_token_ids", self.stop_token_ids)
-        object.__setattr__(self, "stop_token_ids", ids)
+        object.__setattr__(self, "stop_token_ids", tuple(map(_plain, ids)))
+        for name in _NUMBERS:
+            object.__setattr__(self, name, _plain(getattr(self, name)))
         if self.top_k == -1:
             object.__setattr__(self, "top_k", 0)
         _check_number("sampling.temperature", self.temperature, 0.0, 100.0)
@@ -93,6 +99,13 @@ def _as_tuple(field: str, values: Any) -> tuple[Any, ...]:
         return () if values is None else tuple(values)
     except TypeError:
         raise InvalidRequest(field, f"is {values!r}: it must be a list") from None
+
+
+def _plain(value: Any) -> Any:
+    """Numbers of other kinds, such as NumPy's, as Python's own; all else as it is."""
+    if isinstance(value, (int, float)) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def _check_number(field: str, value: float | None, low: float, high: float) -> None:

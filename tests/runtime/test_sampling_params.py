@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 
 from zllm.errors import InvalidRequest
@@ -29,6 +30,9 @@ from zllm.runtime.sampling_params import SamplingParams
         ("sampling.top_k", {"top_k": 1.5}),
         ("sampling.seed", {"seed": -1}),
         ("sampling.seed", {"seed": 2**64}),
+        ("sampling.seed", {"seed": np.int64(-1)}),
+        ("sampling.seed", {"seed": np.float32(1.0)}),
+        ("sampling.temperature", {"temperature": np.float32("nan")}),
         ("stopping.max_tokens", {"max_tokens": 0}),
         ("stopping.max_tokens", {"max_tokens": -5}),
         ("stopping.min_tokens", {"min_tokens": -1}),
@@ -78,6 +82,20 @@ def test_good_values_are_kept():
     assert params.stop == ("end",)
     assert params.stop_token_ids == (3,)
     assert params.min_p is None, "left to the model's generation_config.json"
+
+
+def test_numbers_of_numpy_are_numbers():
+    params = SamplingParams(
+        temperature=np.float32(0.5),
+        top_k=np.int64(5),
+        seed=np.uint64(2**64 - 1),
+        max_tokens=np.int32(7),
+        stop_token_ids=np.array([3, 4]),
+    )
+    plain = SamplingParams(
+        temperature=0.5, top_k=5, seed=2**64 - 1, max_tokens=7, stop_token_ids=[3, 4]
+    )
+    assert repr(params) == repr(plain)
 
 
 def test_none_stops_nothing():
