@@ -108,6 +108,9 @@ def _options(config: ServerConfig, *, shares_port: bool) -> list[tuple[str, int]
         ("grpc.server.max_pending_requests", MAX_PENDING_REQUESTS),
         ("grpc.server.max_pending_requests_hard_limit", 2 * MAX_PENDING_REQUESTS),
         ("grpc.max_concurrent_streams", config.max_streams_per_connection),
+        # Else gRPC counts calls until they are freed, a moment after their end, and resets those
+        # that a client sends in that moment, in their turn. Rapid resets cost no more without it.
+        ("grpc.http.overload_protection", 0),
         ("grpc.max_allowed_incoming_connections", config.max_connections),
         # The first is where refusals by chance would begin; both at one value refuse none below.
         ("grpc.max_metadata_size", config.max_metadata_bytes),

@@ -385,6 +385,15 @@ async def test_streams_beyond_a_connections_number_wait_in_the_client() -> None:
         assert len(server.engine.seen) == 3
 
 
+async def test_those_that_waited_in_the_client_are_all_answered() -> None:
+    config = ServerConfig(port=0, admin_port=0, max_streams_per_connection=4)
+    async with running(config=config) as server:
+        answers = await asyncio.gather(
+            *(server.client.generate("abc", max_tokens=2) for _ in range(200))
+        )
+    assert {answer.text for answer in answers} == {"ab"}
+
+
 async def test_connections_beyond_the_number_are_dropped() -> None:
     config = ServerConfig(port=0, admin_port=0, max_connections=2)
     async with running(config=config) as server:
