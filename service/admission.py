@@ -21,13 +21,11 @@ def check_deadline(
         raise DeadlineExceeded("the deadline had passed before the request reached the engine")
     if not slo:
         return
-    load = engine.load
-    wait = engine.queue.wait(load.queued_requests, load.queued_tokens)
-    needed = wait + engine.first_token.time(prompt_tokens)
+    needed = engine.time_to_first_token(prompt_tokens)
     if needed > left:
         raise Overloaded(
             f"the first token is expected in {needed:.2f} s, and the deadline is in {left:.2f} s: "
             "allow more time, or try again later",
-            engine.queue.retry_after(load),
+            engine.queue.retry_after(engine.load),
             cause="deadline",
         )

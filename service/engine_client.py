@@ -101,6 +101,12 @@ class EngineClient:
     def live_streams(self) -> int:
         return len(self._streams)
 
+    def time_to_first_token(self, prompt_tokens: int) -> float:
+        """Seconds that a request of so many tokens will take, as far as is known."""
+        wait = self.queue.wait(self.load.queued_requests, self.load.queued_tokens)
+        now = asyncio.get_running_loop().time()
+        return wait + self.first_token.time(now, prompt_tokens)
+
     @property
     def silence(self) -> float:
         """Seconds since the engine's last word."""
@@ -233,7 +239,7 @@ class EngineClient:
             if stream is not None:
                 stream.start(started)
                 self.first_token.note(
-                    stream.prompt_tokens, started.cached_tokens, started.prefill_s
+                    self._last_heard, stream.prompt_tokens, started.cached_tokens, started.prefill_s
                 )
         for refused in step.refused:
             stream = streams.pop(refused.request_id, None)

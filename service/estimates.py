@@ -12,11 +12,14 @@ from __future__ import annotations
 from zllm.runtime.messages import Load
 
 HALF_LIFE_S = 5.0
-"""Of what the queue did, in seconds during which requests waited."""
+"""Of what the queue did, in seconds during which requests waited; of first tokens, in seconds."""
 INTERVAL_S = 0.1
 """Between two looks at the queue, at least."""
 KEEP = 0.98
 """A request's weight among first tokens, once another has come after it."""
+FORGET_S = 10.0
+"""Without any first token for so long, what they took is no measure any more: whoever is refused
+for it brings no newer one, and an engine that has become idle would refuse for ever."""
 LONGEST_S = 60.0
 """No estimate is above it: nobody knows so far ahead."""
 UNKNOWN_RETRY_S = 1.0
@@ -67,9 +70,14 @@ class QueueEstimate:
 
 
 class FirstTokenEstimate:
-    """Seconds from a request's first step to its first token."""
+    """Seconds from a request's first step to its first token. `now` is in seconds of any clock that
+    never goes back."""
 
     def __init__(self) -> None:
+        self._at = 0.0
+        self._forget()
+
+    def _forget(self) -> None:
         self._weight = 0.0
         self._prompts = 0.0
         self._tokens = 0.0
@@ -77,20 +85,24 @@ class FirstTokenEstimate:
         self._tokens_tokens = 0.0
         self._tokens_seconds = 0.0
 
-    def note(self, prompt_tokens: int, cached_tokens: int, seconds: float) -> None:
+    def note(self, now: float, prompt_tokens: int, cached_tokens: int, seconds: float) -> None:
         """A request had its first token `seconds` after its first step."""
+        if now - self._at > FORGET_S:
+            self._forget()
+        keep = KEEP * 0.5 ** ((now - self._at) / HALF_LIFE_S)
+        self._at = now
         tokens = prompt_tokens - cached_tokens
-        self._weight = self._weight * KEEP + 1
-        self._prompts = self._prompts * KEEP + prompt_tokens
-        self._tokens = self._tokens * KEEP + tokens
-        self._seconds = self._seconds * KEEP + seconds
-        self._tokens_tokens = self._tokens_tokens * KEEP + tokens * tokens
-        self._tokens_seconds = self._tokens_seconds * KEEP + tokens * seconds
+        self._weight = self._weight * keep + 1
+        self._prompts = self._prompts * keep + prompt_tokens
+        self._tokens = self._tokens * keep + tokens
+        self._seconds = self._seconds * keep + seconds
+        self._tokens_tokens = self._tokens_tokens * keep + tokens * tokens
+        self._tokens_seconds = self._tokens_seconds * keep + tokens * seconds
 
-    def time(self, prompt_tokens: int) -> float:
+    def time(self, now: float, prompt_tokens: int) -> float:
         """For a prompt of which the same share is cached as of those before it. A longer one never
         takes less."""
-        if self._prompts == 0:
+        if self._prompts == 0 or now - self._at > FORGET_S:
             return 0.0
         tokens = prompt_tokens * self._tokens / self._prompts
         mean_tokens = self._tokens / self._weight

@@ -122,6 +122,21 @@ async def test_with_slo_first_tokens_of_the_past_put_a_deadline_out_of_reach() -
         assert len(server.engine.seen) == 1
 
 
+async def test_with_slo_an_idle_engine_does_not_refuse_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("zllm.service.estimates.FORGET_S", 0.3)
+    async with running(config=SLO) as server:
+        # As after a time of load, which made all first steps long.
+        now = asyncio.get_running_loop().time()
+        server.engine_client.first_token.note(now, 3, 0, 5.0)
+        with pytest.raises(Overloaded, match="first token is expected in"):
+            await server.client.generate("abc", max_tokens=1, timeout=2)
+        await asyncio.sleep(0.4)
+        for _ in range(3):
+            await server.client.generate("abc", max_tokens=1, timeout=2)
+
+
 async def test_without_slo_the_same_request_waits_for_its_deadline() -> None:
     async with (
         running(StubEngine(step_s=0.002, max_running=1)) as server,

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from zllm.runtime.messages import Load
 from zllm.service.estimates import (
+    FORGET_S,
     LONGEST_S,
     SHORTEST_RETRY_S,
     UNKNOWN_RETRY_S,
@@ -26,6 +27,7 @@ PROMPTS = st.lists(
     st.tuples(st.integers(1, 10**6), st.floats(0, 1), st.floats(0, 1000)), max_size=30
 )
 """Tokens, the share of them that is cached, seconds."""
+NOW = 1000.0
 
 
 def queue_of(looks: list[tuple[float, int, int, int, int]]) -> QueueEstimate:
@@ -56,7 +58,7 @@ def steady(requests: int, tokens: int, *, waiting: int = 5) -> QueueEstimate:
 def first_tokens_of(prompts: list[tuple[int, float, float]]) -> FirstTokenEstimate:
     estimate = FirstTokenEstimate()
     for tokens, cached, seconds in prompts:
-        estimate.note(tokens, int(tokens * cached), seconds)
+        estimate.note(NOW, tokens, int(tokens * cached), seconds)
     return estimate
 
 
@@ -72,7 +74,7 @@ def test_without_history_nothing_waits_and_the_retry_is_a_second() -> None:
     queue = QueueEstimate()
     assert queue.wait(10**9, 10**9) == 0
     assert queue.retry_after(Load(queued_requests=10)) == UNKNOWN_RETRY_S
-    assert FirstTokenEstimate().time(10**9) == 0
+    assert FirstTokenEstimate().time(NOW, 10**9) == 0
 
 
 def test_arrivals_to_an_empty_queue_are_no_measure_of_the_engine() -> None:
@@ -114,18 +116,34 @@ def test_a_wait_is_bounded_and_grows_with_what_is_ahead(
 
 def test_a_line_through_first_tokens_is_found() -> None:
     estimate = first_tokens_of([(n, 0.0, 0.02 + n * 1e-4) for n in (10, 500, 2000, 100, 1000)])
-    assert estimate.time(0) == pytest.approx(0.02)
-    assert estimate.time(4000) == pytest.approx(0.42)
+    assert estimate.time(NOW, 0) == pytest.approx(0.02)
+    assert estimate.time(NOW, 4000) == pytest.approx(0.42)
 
 
 def test_cached_tokens_take_no_time() -> None:
     prompts = [(n, 0.5, n * 1e-4) for n in (100, 500, 2000)]
-    assert first_tokens_of(prompts).time(1000) == pytest.approx(0.1, rel=0.01)
+    assert first_tokens_of(prompts).time(NOW, 1000) == pytest.approx(0.1, rel=0.01)
 
 
 def test_prompts_of_one_length_say_nothing_of_others() -> None:
     estimate = first_tokens_of([(100, 0.0, 0.05)] * 50)
-    assert estimate.time(1) == estimate.time(10_000) == pytest.approx(0.05)
+    assert estimate.time(NOW, 1) == estimate.time(NOW, 10_000) == pytest.approx(0.05)
+
+
+def test_what_first_tokens_once_took_is_forgotten_where_none_comes() -> None:
+    estimate = first_tokens_of([(100, 0.0, 3.0)] * 100)
+    assert estimate.time(NOW + FORGET_S, 100) == pytest.approx(3.0)
+    later = NOW + FORGET_S + 0.1
+    assert estimate.time(later, 100) == 0, "those who are refused bring no newer one"
+    estimate.note(later, 100, 0, 0.01)
+    assert estimate.time(later, 100) == pytest.approx(0.01)
+
+
+def test_a_few_first_tokens_after_a_while_outweigh_many_before() -> None:
+    estimate = first_tokens_of([(100, 0.0, 3.0)] * 100)
+    for turn in range(1, 11):
+        estimate.note(NOW + 4 * turn, 100, 0, 0.01)
+    assert estimate.time(NOW + 40, 100) < 0.3
 
 
 @given(PROMPTS, COUNTS, COUNTS)
@@ -133,6 +151,6 @@ def test_a_first_token_is_bounded_and_no_sooner_for_a_longer_prompt(
     prompts: list[tuple[int, float, float]], tokens: int, more: int
 ) -> None:
     estimate = first_tokens_of(prompts)
-    time = estimate.time(tokens)
-    assert 0 <= time <= estimate.time(tokens + more) <= LONGEST_S
+    time = estimate.time(NOW, tokens)
+    assert 0 <= time <= estimate.time(NOW, tokens + more) <= LONGEST_S
     assert math.isfinite(time)
