@@ -10,6 +10,7 @@ from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
 _OWN = {"process_max_fds", "process_start_time_seconds"}
+_CPU = "process_cpu_seconds"
 
 
 class ProcessMetrics(Collector):
@@ -17,14 +18,21 @@ class ProcessMetrics(Collector):
     has open, as the limit is each one's. The limit and the start are this one's."""
 
     def __init__(self, others: Callable[[], Iterable[int]]) -> None:
-        """`others` gives their process ids; one that has ended counts for nothing."""
+        """`others` gives their process ids. One that has ended counts for nothing but the time that
+        it was seen to have used: a counter that falls looks to rate() like one that began anew."""
         self._others = others
+        self._cpu: dict[int, float] = {}
 
     def collect(self) -> Iterator[Metric]:
         others: dict[str, list[float]] = {}
         for pid in self._others():
             for metric in _metrics_of(pid):
-                others.setdefault(metric.name, []).append(metric.samples[0].value)
+                value = metric.samples[0].value
+                if metric.name == _CPU:
+                    self._cpu[pid] = max(value, self._cpu.get(pid, 0.0))
+                else:
+                    others.setdefault(metric.name, []).append(value)
+        others[_CPU] = list(self._cpu.values())
         for metric in _metrics_of(os.getpid()):
             values = [metric.samples[0].value]
             if metric.name not in _OWN:

@@ -13,6 +13,7 @@ import psutil
 from zllm.service.process_metrics import ProcessMetrics
 
 HOLDER = "files = [open('/dev/null') for _ in range({})]; print('open', flush=True); input()"
+BUSY = "import time\nwhile time.process_time() < 0.5: pass\nprint('done', flush=True); input()"
 
 
 @contextmanager
@@ -51,3 +52,25 @@ def test_one_that_has_ended_counts_for_nothing() -> None:
     with holding(300) as pid:
         pass
     assert values(pid)["process_open_fds"] < 300
+
+
+def test_the_time_of_one_that_has_ended_stays_as_a_counter_never_falls() -> None:
+    living: list[int] = []
+    metrics = ProcessMetrics(lambda: living)
+
+    def seconds() -> float:
+        found = (metric.samples[0] for metric in metrics.collect())
+        return next(each.value for each in found if each.name == "process_cpu_seconds_total")
+
+    alone = seconds()
+    command = [sys.executable, "-c", BUSY]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes) as process:  # type: ignore[call-overload]
+        process.stdout.readline()
+        living.append(process.pid)
+        together = seconds()
+        assert together > alone + 0.4
+        process.stdin.close()
+    assert seconds() >= together  # ended, and not yet noticed
+    living.clear()
+    assert seconds() >= together
