@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable, Container, Iterable, Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -23,7 +23,7 @@ _SPACES = frozenset(
 class AddedToken(msgspec.Struct, frozen=True):
     """An entry of `added_tokens` in tokenizer.json."""
 
-    id: int
+    id: Annotated[int, msgspec.Meta(ge=0)]
     content: str
     special: bool = False
     normalized: bool = True

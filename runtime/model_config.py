@@ -100,8 +100,10 @@ class ModelConfig:
             "max_position_embeddings",
         ):
             value = getattr(self, name)
-            if value < 1:
-                raise ModelLoadError(f"config.json: {name} is {value}: it must be at least 1")
+            if not 1 <= value < 2**31:
+                raise ModelLoadError(
+                    f"config.json: {name} is {value}: it must be at least 1 and below 2^31"
+                )
         if self.num_heads % self.num_kv_heads:
             raise ModelLoadError(
                 f"config.json: num_attention_heads is {self.num_heads}, no multiple of "

@@ -159,6 +159,7 @@ def test_without_generation_config_the_models_own_end_token_counts():
         ({"vocab_size": None}, "vocab_size is None"),
         ({"hidden_size": "64"}, "hidden_size is '64'"),
         ({"num_hidden_layers": 0}, "num_layers is 0"),
+        ({"vocab_size": 2**31}, r"vocab_size is 2147483648: it must be at least 1 and below 2\^31"),
         ({"num_key_value_heads": 3}, "no multiple"),
         ({"head_dim": 33}, "head_dim is 33"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),

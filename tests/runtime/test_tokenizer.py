@@ -368,3 +368,12 @@ def test_a_file_on_which_the_library_panics_is_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps(file))
     with pytest.raises(ModelLoadError, match=r"tokenizer\.json is no tokenizer that can be used"):
         load_tokenizer(tmp_path)
+
+
+def test_an_added_token_with_a_negative_id_is_refused(tmp_path: Path) -> None:
+    """It would replace the text of the last one."""
+    file = json.loads(trained(pre_tokenizers.ByteLevel()).to_str())
+    file["added_tokens"] = [{"id": -1, "content": "<x>"}]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+    with pytest.raises(ModelLoadError, match=r"tokenizer\.json.*>= 0"):
+        load_tokenizer(tmp_path)
