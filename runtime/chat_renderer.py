@@ -74,7 +74,8 @@ def render(compile_: Callable[[str], jinja2.Template], job: dict[str, Any]) -> d
     try:
         pieces: list[str] = []
         room: int = job["max_chars"]
-        for piece in compile_(job["template"]).generate(**job["variables"]):
+        # As one mapping: as keywords, a variable `self` would be a second one of generate()'s own.
+        for piece in compile_(job["template"]).generate(job["variables"]):
             room -= len(piece)
             if room < 0:
                 return {"error": f"it wrote more than {job['max_chars']} characters"}

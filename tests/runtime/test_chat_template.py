@@ -152,6 +152,12 @@ def test_a_variable_cannot_replace_the_conversation() -> None:
         template.render([USER], variables={"messages": []})
 
 
+@pytest.mark.parametrize("name", ["self", "args", "kwargs", "source", "context", "", "no name"])
+def test_a_variable_may_have_any_other_name(name: str) -> None:
+    with closing(ChatTemplate("{{ messages[0].content }}")) as template:
+        assert template.render([USER], variables={name: 1}) == USER["content"]
+
+
 HOSTILE = {
     "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     "one long operation": "{{ (messages | length + 1) ** 99999999 ** 2 }}",
