@@ -77,7 +77,13 @@ class EngineConfig:
             value = getattr(self, name)
             if not _is_count(value):
                 raise ConfigError(f"{name} is {value!r}: it must be an integer of at least 1")
-        for name in ("max_model_len", "max_num_batched_tokens", "num_kv_blocks"):
+        length = self.max_model_len
+        if length is not None and not (_is_count(length) and length >= 2):
+            raise ConfigError(
+                f"max_model_len is {length!r}: it must be an integer of at least 2, for a prompt "
+                "and an output take a token each, or left out"
+            )
+        for name in ("max_num_batched_tokens", "num_kv_blocks"):
             value = getattr(self, name)
             if value is not None and not _is_count(value):
                 raise ConfigError(

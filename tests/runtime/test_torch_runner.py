@@ -211,6 +211,14 @@ def test_a_context_beyond_the_models_is_refused(folder):
         TorchRunner(EngineConfig(model=folder, device="cpu", max_model_len=4096))
 
 
+@pytest.mark.parametrize("length", [1, 0, -1, True, 2.0])
+def test_a_context_without_room_for_a_prompt_and_an_output_is_refused(folder, length):
+    wrong = rf"max_model_len is {length}: .* at least 2, .* or left out"
+    with pytest.raises(ConfigError, match=wrong):
+        EngineConfig(model=folder, max_model_len=length)
+    assert EngineConfig(model=folder, max_model_len=2).max_model_len == 2
+
+
 def test_dummy_weights_are_the_same_for_the_same_seed(folder):
     def run(seed: int) -> np.ndarray:
         config = EngineConfig(
