@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
-from zllm.errors import InvalidRequest
+from zllm.errors import ConfigError, InvalidRequest
 
 MODEL_NAME = re.compile(r"[\w.:-][\w.:/-]{0,199}", re.ASCII)
+
+
+def check_root(root: str) -> None:
+    """Raises ConfigError for a --model-root within which there is nothing to load."""
+    if root and not os.path.isdir(root):
+        raise ConfigError(
+            f"--model-root {root}: it is no folder here; name the one that holds the models, or "
+            "leave it out"
+        )
 
 
 def find_folder(path: str, root: str) -> Path:

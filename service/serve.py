@@ -18,6 +18,7 @@ from zllm.service.exporter import Exporter
 from zllm.service.frontends import Frontends
 from zllm.service.listener import join_address
 from zllm.service.logs import Logs, Words
+from zllm.service.model_folders import check_root
 from zllm.service.observers import observing
 from zllm.service.server import Server
 from zllm.service.stats_log import StatsLog
@@ -57,6 +58,7 @@ async def serve(
     """`template` is what engines that are loaded later are told, apart from their model."""
     names = [model.served_model_name for model in models]
     say(f"zllm {version}")
+    check_root(config.model_root)
     if config.frontends > 1:
         front = Frontends(config, version=version, names=names)
         return await _serve(config, front, models, template, version, say, command)

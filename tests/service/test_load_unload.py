@@ -323,3 +323,11 @@ def test_a_model_root_keeps_paths_within(tmp_path: Path) -> None:
             find_folder(path, str(root))
     with pytest.raises(InvalidRequest, match="no folder"):
         find_folder("absent", str(root))
+
+
+@pytest.mark.parametrize("root", ["absent", "file", "x" * 300])
+async def test_a_model_root_that_is_no_folder_does_not_start(tmp_path: Path, root: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=f"--model-root {tmp_path / root}: .*folder"):
+        async with serving(model_root=str(tmp_path / root)):
+            pass
