@@ -59,6 +59,7 @@ class Server:
             self.metrics.model_comes(name)
         self._draining = False
         self._refuses_at = 0.0
+        self._cut_short = 0
         self._leaving: set[EngineClient] = set()
         self._generation = GenerationService(
             self._models, config.queue_timeout, config.max_prompt_tokens, slo=config.slo
@@ -181,7 +182,7 @@ class Server:
     async def drain(self, grace: float, hurry: asyncio.Event | None = None) -> int:
         """NOT_SERVING for good; after `drain_delay` new work is refused; running requests get
         `grace` seconds or until `hurry`, and the rest ends with FINISH_REASON_SHUTDOWN. Returns
-        how many those were. No grace: no delay either."""
+        how many those were, whichever of several drains ended them. No grace: no delay either."""
         now = asyncio.get_running_loop().time()
         if not self._draining:
             self._draining, self._refuses_at = True, now + self._config.drain_delay
@@ -193,8 +194,8 @@ class Server:
         self._generation.draining = True
         idle = asyncio.create_task(self._generation.idle())
         await asyncio.wait({hurried, idle}, timeout=grace, return_when=asyncio.FIRST_COMPLETED)
-        remaining = self._generation.num_live
-        self._generation.drained = True
+        if not self._generation.drained:
+            self._generation.drained, self._cut_short = True, self._generation.num_live
         for engine in {model.engine for model in self.models} | self._leaving:
             engine.end_all(FinishReason.SHUTDOWN)
         await asyncio.wait({idle}, timeout=LAST_WRITES_S)
@@ -202,7 +203,7 @@ class Server:
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task
-        return remaining
+        return self._cut_short
 
     def _follow(self, _: bool = True) -> None:
         models = {model.name: model.engine.healthy for model in self._models.served}

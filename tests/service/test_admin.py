@@ -136,6 +136,16 @@ async def test_what_outlasts_the_drains_timeout_ends_with_shutdown() -> None:
         await server.until_idle()
 
 
+async def test_a_drain_that_another_one_cuts_short_counts_what_was_ended() -> None:
+    async with running(StubEngine(step_s=0.05)) as server:
+        tasks = await begin(server, 3)
+        drain = asyncio.ensure_future(server.admin.Drain(admin_pb2.DrainRequest()))
+        await server.until(lambda load: load.draining, "it never drained")
+        assert await server.server.drain(0.1) == 3  # as by SIGTERM
+        assert (await drain).remaining_requests == 3
+        assert {(await task).finish_reason for task in tasks} == {"shutdown"}
+
+
 async def test_who_is_still_tokenizing_when_a_drain_ends_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
