@@ -18,7 +18,8 @@ cdef class Utf8Text:
             if 0 <= token_id < known:
                 pieces.append(self._tokens[token_id])
         cdef bytes data = b"".join(pieces)
-        cdef Py_ssize_t size = PyBytes_GET_SIZE(data), used = 0
+        # Python before 3.11.5 does not say how much of plain ASCII it used, which is all (gh-99612).
+        cdef Py_ssize_t size = PyBytes_GET_SIZE(data), used = size
         cdef str text = PyUnicode_DecodeUTF8Stateful(
             PyBytes_AS_STRING(data), size, "replace", &used
         )
