@@ -18,7 +18,7 @@ cdef class Utf8Text:
             if 0 <= token_id < known:
                 pieces.append(self._tokens[token_id])
         cdef bytes data = b"".join(pieces)
-        # Python before 3.11.5 does not say how much of plain ASCII it used, which is all (gh-99612).
+        # Python before 3.11.5 does not say how much of plain ASCII it used: all of it (gh-99612).
         cdef Py_ssize_t size = PyBytes_GET_SIZE(data), used = size
         cdef str text = PyUnicode_DecodeUTF8Stateful(
             PyBytes_AS_STRING(data), size, "replace", &used

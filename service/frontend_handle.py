@@ -113,12 +113,13 @@ class FrontendHandle:
             self.tell(End())
             self._channel.close()
         if self._process is not None and self._process.returncode is None:
-            try:
-                async with asyncio.timeout(STOP_S):
-                    await self._process.wait()
-            except TimeoutError:
+            # No asyncio.timeout: before Python 3.11.3 a task that has been cancelled, as one is
+            # whose start is given up, gets no TimeoutError (gh-102780).
+            ended = asyncio.create_task(self._process.wait())
+            await asyncio.wait({ended}, timeout=STOP_S)
+            if not ended.done():
                 self._process.kill()
-                await self._process.wait()
+            await ended
         if self._reading is not None:
             self._reading.cancel()
             with suppress(asyncio.CancelledError):
