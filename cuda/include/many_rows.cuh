@@ -32,7 +32,6 @@ constexpr int kSumsBytes = kRows * kPitch * 2;
 constexpr int kThreads = 384, kGroup = 128;
 constexpr int kEndWarps = 3, kEndThreads = 32 * kEndWarps;
 constexpr int kBand = 8;  // pairs of tiles of x that share W while it is in the L2
-constexpr int kScales = 2 * kRows;  // of two tiles: some threads may be one behind
 
 struct Place {
   int row, tile;  // the first row of x; which tile of W
@@ -67,13 +66,14 @@ __device__ __forceinline__ void copy_to_both(u32 to, const TensorMap& map, int c
 // wait(), and what each is to be multiplied by, with NORM.
 template <typename End>
 __device__ __forceinline__ void multiply(const TensorMap& x_map, const TensorMap& w_map,
-                                         const Norm<SCALAR>& norm, int m, int k, int tiles, int stride,
-                                         int apart, const End& end) {
+                                         const Norm<SCALAR>& norm, int m, int k, int tiles,
+                                         int stride, int apart, const End& end) {
   extern __shared__ __align__(1024) u8 memory[];
   const u32 ring = shared_address(memory);
   SCALAR* const rounded = reinterpret_cast<SCALAR*>(memory + kStages * kStage);
   const u32 full = ring + kStages * kStage + kSumsBytes, empty = full + kStages * 8;
   const u32 filled = empty + kStages * 8, taken = filled + 8;
+  // Of two tiles in turn, as some threads may be one behind.
   float* scales = reinterpret_cast<float*>(memory + (taken + 8 - ring));
   const u32 rank = cluster_rank();
   if (threadIdx.x == 0) {

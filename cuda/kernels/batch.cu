@@ -58,7 +58,8 @@ __device__ __forceinline__ void list_samples(int* sample_tokens, int* sample_row
 // Grid: 1. `own` has the last step's arena. Copies to it that of the step after it, from the one of two
 // pinned arenas that holds it, and brings the device's tables up to date; where neither does, `own` is
 // used as it is. Each (row, index) and each row is named once. Then fills the padded tensors: num_tokens,
-// num_rows and num_samples are P, R and S; pad_row is the row of padding.
+// num_rows and num_samples are P, R and S; pad_row is the row of padding. sample_positions and sample_slots
+// may be null; padding of theirs is position 0 of slot 0.
 //
 // The first `ahead` vectors of both pinned arenas are asked for before it is known which one is due; the
 // other may be written to right now. An L1 may hold what stood there two steps ago: they are read past
@@ -66,8 +67,9 @@ __device__ __forceinline__ void list_samples(int* sample_tokens, int* sample_row
 extern "C" __global__ void __launch_bounds__(kThreads)
 take_batch(int* tokens, int* positions, int* slots, int* rows, int* q_start, int* kv_len,
            int* sample_tokens, int* sample_rows, int* sample_positions, int* sample_slots, int* own,
-           int* block_table, int* params, const int* last_token, const int* first, const int* second, int ahead, int max_blocks,
-           int num_tokens, int num_rows, int num_samples, int pad_row) {
+           int* block_table, int* params, const int* last_token, const int* first,
+           const int* second, int ahead, int max_blocks, int num_tokens, int num_rows,
+           int num_samples, int pad_row) {
   __shared__ uint4 near[kThreads];
   __shared__ int which;
   static_assert(H_STEP == 0, "the first thread has both steps' numbers");

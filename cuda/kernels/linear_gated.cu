@@ -50,8 +50,8 @@ struct SwiGLU {
 }  // namespace
 
 // x [m, k]; W [2 n, k], G then U; out [m, n]; n is a multiple of 8. Grid: clusters of 2, which all run at
-// once. Shared memory: many_rows::kStages of kStage bytes, kSumsBytes, 8 for each barrier, and kScales
-// floats.
+// once. Shared memory: many_rows::kStages of kStage bytes, kSumsBytes, 8 for each barrier, and a float for
+// each of 2 kRows.
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(many_rows::kThreads, 1)
     linear_gated(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map,
                  const SCALAR* x, float* scales, float eps, SCALAR* out, int m, int n, int k) {
